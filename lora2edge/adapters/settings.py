@@ -1,0 +1,113 @@
+"""adapter_config.json: what can be merged exactly, and a refusal by name for all else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora2edge.errors import AdapterError, InputError, refuse
+
+_NO_EFFECT = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+"""Keys that the merge handles, or that only matter for training or for how the first weights were drawn."""
+
+_REFUSED = {
+    "use_dora": ("DoRA scales each row by a trained length", "train with use_dora=False"),
+    "lora_bias": ("the adapter adds a bias of its own to each module", "train with lora_bias=False"),
+    "layer_replication": ("the adapter stacks copies of layers", "build that base first, then train on it"),
+    "target_parameters": ("it adapts parameters, not modules", "train with target_modules"),
+    "trainable_token_indices": ("single token embeddings were trained", "train with modules_to_save=['embed_tokens']"),
+    "use_qalora": ("QALoRA pools the inputs of each group", "train with use_qalora=False"),
+    "alora_invocation_tokens": (
+        "an activated LoRA acts only after its invocation tokens, a merged weight always",
+        "serve it as a live adapter",
+    ),
+    "arrow_config": ("Arrow routes each token to other adapters", "merge one of its adapters"),
+    "megatron_config": ("Megatron's parallel layers split the weights", "convert the adapter to plain PEFT first"),
+}
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Refuses settings under which base + ΔW is not what the live adapter computes. All refusals at once."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(
+            "adapter-kind",
+            f"a {kind or 'nameless'} adapter is not supported yet",
+            why="peft_type in adapter_config.json; LORA is what can be merged",
+            hint="train a LoRA adapter, or merge it with PEFT's merge_and_unload() and give the result as the base",
+        )
+    errors: list[InputError] = [*_numbers(config)]
+    for key, (why, hint) in _REFUSED.items():
+        if _is_set(config.get(key)):
+            errors.append(_refusal(key, config[key], why, hint))
+    if config.get("bias", "none") != "none":
+        why = "the base's biases were trained too, and PEFT stores them outside the LoRA pairs"
+        errors.append(_refusal("bias", config["bias"], why, "train with bias='none'"))
+    errors.extend(_start(config.get("init_lora_weights", True)))
+    known = _NO_EFFECT | set(_REFUSED) | {"bias", "init_lora_weights"}
+    for key, value in config.items():
+        if key not in known and _is_set(value):
+            why = "this version does not know whether it changes what the adapter computes"
+            errors.append(_refusal(key, value, why, "a newer lora2edge may know it; else train without it"))
+    refuse(errors)
+
+
+def _numbers(config: Mapping[str, Any]) -> list[AdapterError]:
+    errors = []
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or (key == "r" and not 0 < value == int(value))
+        ):
+            errors.append(_malformed(key, value, "a positive number"))
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or not all(
+            isinstance(n, int | float) and not isinstance(n, bool) and (key == "alpha_pattern" or n > 0)
+            for n in value.values()
+        ):
+            errors.append(_malformed(key, value, "an object of numbers"))
+    entries = config.get("modules_to_save") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
+        errors.append(_malformed("modules_to_save", entries, "a list of module names"))
+    return errors
+
+
+def _start(value: Any) -> list[AdapterError]:
+    """PiSSA and its kin change the base when training starts: ΔW belongs to that residual base, not to this one."""
+    if isinstance(value, bool) or value is None or str(value).lower() in _PLAIN_STARTS:
+        return []
+    name = str(value).lower()
+    if name.startswith(_RESIDUAL):
+        return [
+            AdapterError(
+                "adapter-residual-base",
+                f"the adapter was started with {value!r}, which changed the base's weights",
+                why="merged on the untouched base it gives another model (peft issue 2184)",
+                hint="save it with path_initial_model_for_weight_conversion=..., which turns it into a plain LoRA",
+            )
+        ]
+    return [_refusal("init_lora_weights", value, "this start of the weights is not known", "train with True")]
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, "", [], {})
+
+
+def _refusal(key: str, value: Any, why: str, hint: str) -> AdapterError:
+    shown = str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
+    return AdapterError("adapter-setting", f"{key}: {shown} is not supported yet", why=why, hint=hint)
+
+
+def _malformed(key: str, value: Any, wanted: str) -> AdapterError:
+    return AdapterError("bad-adapter-config", f"{key} is {value!r}, expected {wanted}", why="in adapter_config.json")

@@ -1,0 +1,173 @@
+"""One pass from a checkpoint's rows to the finished file: read or merge, round, append; on all cores.
+
+A slab of rows is one job: read (or merge) it, bring it into llama.cpp's order, quantize it. Jobs run in parallel, the
+main thread appends what they finish in order. Reads, numpy's larger operations and ggml's kernels release the GIL.
+Memory is bounded by the slabs in flight, not by the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lora2edge.backends.gguf.architectures import Planned
+from lora2edge.backends.gguf.container import Metadata, padding, tensor_bytes, write_header
+from lora2edge.backends.gguf.imatrix import Importance
+from lora2edge.backends.gguf.mix import TYPES, row_bytes
+from lora2edge.contracts import Checkpoint, Progress
+from lora2edge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora2edge.contracts import FloatArray
+
+    Bytes = NDArray[np.uint8]
+
+SLAB_ELEMENTS = 1 << 20
+"""Of one job: 4 MB in float32. Smaller ones cost more Python, larger ones more memory per core."""
+_LARGEST_HALF = 65504.0
+"""Block scales are halves: no weight beyond this can be stored but in F32 and BF16."""
+
+
+class Quantizer(Protocol):
+    """The one function of llama.cpp that is needed here (`llama_cpp.Library`)."""
+
+    def quantize_chunk(
+        self, type_id: int, src: int, dst: int, start_row: int, nrows: int, ncols: int, imatrix: int | None
+    ) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Rows `start:stop` of one tensor."""
+
+    tensor: Planned
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.tensor.shape[0]
+
+    @property
+    def size(self) -> int:
+        elements = self.stop - self.start
+        for length in self.tensor.shape[1:]:
+            elements *= length
+        return elements
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def slabs(tensor: Planned) -> Iterator[Slab]:
+    """Cuts a tensor into slabs; a head whose rows are interleaved stays whole."""
+    rows = tensor.shape[0]
+    unit = rows // tensor.heads if tensor.heads else 1
+    columns = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    step = max(1, SLAB_ELEMENTS // (columns * unit)) * unit
+    for start in range(0, rows, step):
+        yield Slab(tensor, start, min(start + step, rows))
+
+
+def transformed(slab: Slab, rows: FloatArray) -> FloatArray:
+    """Rows of the checkpoint (or of a change to it) as llama.cpp orders them. An offset is not added."""
+    tensor = slab.tensor
+    if not tensor.heads:
+        return rows
+    half = tensor.shape[0] // tensor.heads // 2
+    count = len(rows) // (2 * half)
+    return np.ascontiguousarray(rows.reshape(count, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape))
+
+
+def read_slab(checkpoint: Checkpoint, slab: Slab) -> FloatArray:
+    """Rows of the file to be written, float32, unrounded."""
+    tensor = slab.tensor
+    if tensor.values is not None or tensor.source is None:
+        return np.asarray(tensor.values, np.float32)[slab.start : slab.stop]
+    rows = transformed(slab, checkpoint.rows(tensor.source, slab.start, slab.stop))
+    return rows + np.float32(tensor.offset) if tensor.offset else rows
+
+
+def write_model(
+    path: Path,
+    metadata: Metadata,
+    tensors: Sequence[Planned],
+    types: Mapping[str, str],
+    checkpoint: Checkpoint,
+    quantizer: Quantizer | None,
+    importance: Importance | None,
+    progress: Progress,
+) -> None:
+    """Writes the file. `quantizer` may be None where every type is F32. Raises CheckpointError for a bad weight."""
+    work = [slab for tensor in tensors for slab in slabs(tensor)]
+    progress.start("quantize", sum(slab.size for slab in work), "weights")
+    weights = {tensor.name: importance.weights(tensor.name) for tensor in tensors} if importance else {}
+
+    def job(slab: Slab) -> Bytes:
+        rows = read_slab(checkpoint, slab)
+        return encode(slab.tensor, rows, types[slab.tensor.name], quantizer, weights.get(slab.tensor.name))
+
+    with path.open("wb") as file:
+        write_header(file, metadata, [(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors])
+        for slab, data in in_order(job, work):
+            file.write(data.data)
+            if slab.is_last:
+                _pad(file, slab.tensor, types)
+            progress.advance(slab.size)
+    progress.finish()
+
+
+def in_order(job: Any, work: Sequence[Slab]) -> Iterator[tuple[Slab, Any]]:
+    """(slab, job(slab)) in the order of `work`, computed on all cores, with at most two slabs a core in flight."""
+    workers = cores()
+    waiting: deque[tuple[Slab, Future[Any]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for slab in work:
+                waiting.append((slab, pool.submit(job, slab)))
+                if len(waiting) > 2 * workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def encode(
+    tensor: Planned, rows: FloatArray, type_name: str, quantizer: Quantizer | None, weights: FloatArray | None
+) -> Bytes:
+    """The bytes of `rows` in the type: `[bytes]` uint8. Raises CheckpointError for what the type cannot hold."""
+    peak = float(max(rows.max(), -rows.min()))  # NaN and infinity pass through max and min
+    if not peak <= (np.inf if type_name in {"F32", "BF16"} else _LARGEST_HALF) or peak == np.inf:
+        raise CheckpointError(
+            "weight-range",
+            f"{tensor.source or tensor.name} has the weight {peak}",
+            why=f"{type_name} holds finite values up to {_LARGEST_HALF:g}, F32 and BF16 larger ones",
+        )
+    rows = np.ascontiguousarray(rows, np.float32)
+    if type_name == "F32":
+        return rows.reshape(-1).view(np.uint8)
+    columns = rows.shape[-1]
+    data = np.empty(len(rows) * row_bytes(type_name, columns), np.uint8)
+    address = None if weights is None else weights.ctypes.data
+    assert quantizer is not None
+    quantizer.quantize_chunk(TYPES[type_name].id, rows.ctypes.data, data.ctypes.data, 0, len(rows), columns, address)
+    return data
+
+
+def _pad(file: IO[bytes], tensor: Planned, types: Mapping[str, str]) -> None:
+    file.write(b"\0" * padding(tensor_bytes(types[tensor.name], tensor.shape)))

@@ -1,0 +1,74 @@
+"""Checkpoint and adapter folders through transformers' and PEFT's own readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora2edge.calibration.model import quiet, torch_errors
+from lora2edge.checkpoint import merge_tokenizer_files, tokenizer_files
+from lora2edge.contracts import TokenizerFiles
+from lora2edge.errors import AdapterError, CheckpointError
+
+
+def load_folder(base: Path, adapter: Path | None, *, dtype: str, device: str) -> Any:
+    """The model in evaluation mode; a PeftModel where an adapter is live on it. Reads local safetensors only."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch_errors(f"load {base}"), quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    broken = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if broken:
+        raise CheckpointError(
+            "missing-tensors",
+            f"{base} lacks {len(broken)} of the model's tensors, or has them in another shape",
+            why=", ".join(broken[:5]),
+            hint="fetch the checkpoint again",
+        )
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    return model.to(device).eval()
+
+
+def resolve_tokenizer(base: Path, adapter: Path | None) -> TokenizerFiles:
+    """The base's tokenizer files with the adapter's over them, as the merged view has them."""
+    files = TokenizerFiles(tokenizer_files(base))
+    return files if adapter is None else merge_tokenizer_files(files, adapter)
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    rows = _saved_vocabulary(adapter)
+    if rows is not None and rows != int(model.get_input_embeddings().weight.shape[0]):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise AdapterError(
+            "adapter-not-loaded", f"PEFT cannot put {adapter} on the base", why=str(error)[:2000]
+        ) from error
+
+
+def _saved_vocabulary(adapter: Path) -> int | None:
+    """Rows of the embedding or head that the adapter saved whole: training may have added tokens."""
+    from safetensors import safe_open
+
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.exists():
+        raise AdapterError("no-adapter-weights", f"{adapter} holds no adapter_model.safetensors")
+    endings = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
+    with safe_open(weights, "numpy") as file:
+        for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            if name.replace(".modules_to_save", "").replace(".base_layer", "").endswith(endings):
+                return int(file.get_slice(name).get_shape()[0])
+    return None

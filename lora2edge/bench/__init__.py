@@ -1,0 +1,1 @@
+"""How fast an artifact is against the baseline. Imports no ML library."""

@@ -1,0 +1,204 @@
+"""THE flow: from base + adapter to measured artifacts and a report."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora2edge import __version__
+from lora2edge.artifact import find_artifact, open_artifact
+from lora2edge.bench.machine import describe
+from lora2edge.cache import Cache, now
+from lora2edge.contracts import Progress
+from lora2edge.errors import EXIT_GATE, EXIT_INCONCLUSIVE, EXIT_OK, InputError, Lora2EdgeError
+from lora2edge.pipeline import Finished, Pipeline
+from lora2edge.plan import Plan, plan_build
+from lora2edge.progress import SILENT
+from lora2edge.quality import judge
+from lora2edge.recipe import Recipe, dump_recipe
+from lora2edge.report import write_report
+from lora2edge.storage import write_atomic
+from lora2edge.target import Target
+from lora2edge.texts import Renderer, Texts, load_texts
+
+REPORT_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """What a build came to."""
+
+    out: Path
+    report: dict[str, Any]
+    exit_code: int
+
+
+def build(
+    recipe: Recipe,
+    *,
+    progress: Progress = SILENT,
+    cache: Cache | None = None,
+    force: bool = False,
+    bench: bool = True,
+    strict: bool = False,
+) -> BuildResult:
+    """Merges, proves, lowers, measures and reports. Raises InputError for bad input and ProofError for a bad merge."""
+    started, started_at = time.monotonic(), now()
+    out = _required(recipe)
+    plan = plan_build(recipe, out=out, force=force)
+    write_atomic(out / "recipe.resolved.yaml", dump_recipe(recipe))
+    texts = load_build_texts(plan)
+    pipeline = Pipeline(plan, cache or Cache(), progress)
+
+    proof = pipeline.prove(texts)
+    calibration = pipeline.calibrate(texts)
+    reference = pipeline.record_baseline(texts)
+    targets = {}
+    for target in plan.targets:  # one that fails does not stop the others
+        try:
+            targets[target.name] = _build_target(target, pipeline, calibration, reference, texts, out, bench)
+        except Lora2EdgeError as error:
+            targets[target.name] = {"verdict": "fail", "error": {**error.as_dict(), "exit_code": error.exit_code}}
+
+    report = {
+        "schema": REPORT_SCHEMA,
+        "lora2edge": __version__,
+        **_verdict(targets, strict),
+        "command": " ".join(["lora2edge", *sys.argv[1:]]),
+        "started_at": started_at,
+        "machine": describe(),
+        "inputs": describe_inputs(plan, texts),
+        "merge": {**proof.result, "reused": proof.reused, "measured_at": proof.measured_at},
+        "baseline": {**reference.result, "reused": reference.reused, "measured_at": reference.measured_at},
+        "targets": targets,
+        "stages": pipeline.record,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    write_report(report, out)
+    return BuildResult(out, report, report["exit_code"])
+
+
+def _build_target(
+    target: Target,
+    pipeline: Pipeline,
+    calibration: Finished,
+    reference: Finished,
+    texts: Texts,
+    out: Path,
+    bench: bool,
+) -> dict[str, Any]:
+    """Lowers and measures one target; the artifact gets its final name only when no gate was missed."""
+    final = out / "artifacts" / target.folder
+    rejected = final.with_name(f"{target.folder}.rejected")
+    waiting = final.with_name(f".{target.folder}.unmeasured")
+    key = pipeline.lower_key(target, calibration)
+    place = next((folder for folder in (final, rejected) if find_artifact(folder, key)), waiting)
+    lowered = pipeline.lower(target, calibration, place)
+    measured = pipeline.measure(target, place, reference, texts)
+    quality = measured.result["quality"]
+    gates, verdict = judge(target, quality)
+    speed = pipeline.bench(target, place, texts) if bench else None
+
+    chosen = rejected if verdict == "fail" else final
+    if place != chosen:
+        for old in {final, rejected, waiting} - {place}:
+            shutil.rmtree(old, ignore_errors=True)
+        place.rename(chosen)
+    size_bytes = open_artifact(chosen).size_bytes
+    speeds = speed.result["scenarios"] if speed else {}
+    first = next(iter(speeds.values()), None)
+    return {
+        "verdict": verdict,
+        "gates": gates,
+        "quality": quality,
+        "speed": first,
+        "scenarios": speeds,
+        "size_bytes": size_bytes,
+        "size_ratio": pipeline.plan.size_bytes / size_bytes,
+        "peak_rss_bytes": first["peak_rss_bytes"] if first else None,
+        "lowering": {key: lowered.result[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes", "notes")},
+        "tokenizer": lowered.result["notes"].get("tokenizer"),
+        "damage": lowered.result["damage"],
+        "artifact": str(chosen.relative_to(out)),
+        "facts": measured.result["facts"],
+        "reused": {"lower": lowered.reused, "quality": measured.reused, "speed": bool(speed and speed.reused)},
+        "measured_at": {
+            "lower": lowered.measured_at,
+            "quality": measured.measured_at,
+            "speed": speed.measured_at if speed else None,
+        },
+    }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The plan, JSON-ready."""
+    return {
+        "inputs": describe_inputs(plan, None),
+        "machine": asdict(plan.machine),
+        "threads": plan.threads,
+        "device": plan.device,
+        "baseline_seconds": plan.baseline_seconds,
+        "targets": {name: asdict(estimate) for name, estimate in plan.estimates.items()},
+    }
+
+
+def describe_inputs(plan: Plan, texts: Texts | None) -> dict[str, Any]:
+    """What the build was made from, for the report."""
+    config = plan.base.config
+    return {
+        "base": {
+            "name": plan.recipe.base or plan.adapters[0].base_model_name_or_path,
+            "architecture": (config.get("architectures") or ["?"])[0],
+            "parameters": plan.parameters,
+            "dtype": plan.dtype,
+            "size_bytes": plan.size_bytes,
+        },
+        "adapter": plan.adapters[0].describe() if plan.adapters else None,
+        "data": texts.notes if texts else None,
+    }
+
+
+def load_build_texts(plan: Plan) -> Texts:
+    """Calibration and test samples of the plan's data."""
+    if plan.recipe.data is None:
+        raise InputError(
+            "no-data",
+            "a build needs text",
+            why="the merge proof, the importance matrix and the quality are measured on it",
+            hint="--data FILE.jsonl   (or `lora2edge merge` and `lora2edge lower`, which do without)",
+        )
+    return load_texts(
+        plan.recipe.data,
+        Renderer(plan.merged.tokenizer),
+        max_length=plan.max_length,
+        calibration_tokens=plan.calibration_tokens,
+        test_tokens=plan.recipe.tokens,
+    )
+
+
+def _verdict(targets: dict[str, dict[str, Any]], strict: bool) -> dict[str, Any]:
+    """The build's verdict and exit code from its targets'."""
+    verdicts = {target["verdict"] for target in targets.values()}
+    codes = {target["error"]["exit_code"] for target in targets.values() if "error" in target}
+    if "fail" in verdicts:
+        gate_missed = any(t["verdict"] == "fail" and "error" not in t for t in targets.values())
+        return {"verdict": "fail", "exit_code": EXIT_GATE if gate_missed or not codes else max(codes)}
+    if "inconclusive" in verdicts:
+        return {"verdict": "inconclusive", "exit_code": EXIT_INCONCLUSIVE if strict else EXIT_OK}
+    return {"verdict": "pass", "exit_code": EXIT_OK}
+
+
+def _required(recipe: Recipe) -> Path:
+    missing = [name for name, value in (("--out", recipe.out), ("--target", recipe.targets)) if not value]
+    if missing:
+        raise InputError(
+            "missing-option",
+            f"{' and '.join(missing)} must be given, on the command line or in the recipe",
+            hint="lora2edge build --base B --adapter A --target gguf/q4_k_m --data FILE.jsonl --out OUT",
+        )
+    assert recipe.out is not None
+    return Path(recipe.out)

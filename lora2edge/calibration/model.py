@@ -1,0 +1,152 @@
+"""A checkpoint view as a PyTorch model, filled row by row: never in memory twice, nothing written to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lora2edge.contracts import Checkpoint, TensorInfo
+from lora2edge.errors import CheckpointError, InputError, MissingExtraError, UnsupportedError
+
+_SLAB_ELEMENTS = 1 << 22
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> Any:
+    """A transformers model in evaluation mode with the view's weights, in `dtype` ("float32", "bfloat16", …).
+
+    `rounded`: weights go through their stored dtype first, as they would be written; otherwise the view's float32
+    rows are used as they are. Raises CheckpointError where a tensor has no place in the model, has another shape,
+    or a parameter of the model is not in the checkpoint; UnsupportedError for an unknown architecture.
+    """
+    import torch
+
+    model = _empty_model(view, dtype, device)
+    places: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    parameters = set(places)
+    places.update((name, buffer) for name, buffer in model.named_buffers() if name in model.state_dict())
+    homeless = []
+    filled: set[str] = set()
+    with torch.no_grad():
+        for name, info in view.tensors.items():
+            found = [place for place in view.module_names(name) if place in places]
+            if not found:
+                homeless.append(name)
+            for place in found:
+                _fill(places[place], view, info, rounded=rounded)
+                filled.add(place)
+    _refuse_homeless(model, homeless)
+    missing = parameters - filled
+    # transformers' own rule: what is missing is tied to what is there; what is there twice and differs, not.
+    model.tie_weights(missing_keys=missing)
+    if missing:
+        raise CheckpointError(
+            "missing-tensors",
+            f"the checkpoint lacks {len(missing)} of the model's parameters",
+            why=_listed(sorted(missing)),
+            hint="the folder is incomplete, or config.json names another architecture: fetch the checkpoint again",
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def torch_errors(what: str) -> Iterator[None]:
+    """Turns what PyTorch and transformers raise for unusable input into errors with a code."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(
+            "missing-extra", f"cannot {what}", why=str(error), hint="pip install 'lora2edge[torch]'"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError("unreadable-checkpoint", f"cannot {what}", why=str(error)) from error
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise InputError(
+            "memory", f"cannot {what}: out of memory", why=str(error), hint="--device cpu, or a larger machine"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' notes and bars off the terminal: its errors still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _empty_model(view: Checkpoint, dtype: str, device: str) -> Any:
+    """The architecture with uninitialised parameters (no page of them is touched yet) and its own buffers."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    data = copy.deepcopy(dict(view.config))
+    data.pop("quantization_config", None)
+    kind = str(data.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            "unknown-architecture",
+            f"transformers does not know model_type {kind!r}",
+            hint="pip install --upgrade transformers   (code that comes with a checkpoint is never run)",
+        )
+    with torch_errors(f"build a {kind} model"), quiet(), no_init_weights(), torch.device(device):
+        config = CONFIG_MAPPING[kind].from_dict(data)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def _fill(place: Any, view: Checkpoint, info: TensorInfo, *, rounded: bool) -> None:
+    import torch
+
+    if tuple(place.shape) != tuple(info.shape):
+        raise CheckpointError(
+            "tensor-shape",
+            f"{info.name} has another shape than the model",
+            why=f"the file says {list(info.shape)}, config.json makes it {list(place.shape)}",
+        )
+    if info.dtype not in _FLOATS:
+        return
+    stored = getattr(torch, _FLOATS[info.dtype])
+    length = info.shape[0] if info.shape else 1
+    step = max(1, _SLAB_ELEMENTS // max(1, info.size // max(1, length)))
+    target = place if info.shape else place.view(1)
+    for start in range(0, length, step):
+        stop = min(length, start + step)
+        values = torch.from_numpy(view.rows(info.name, start, stop))
+        if rounded:
+            values = values.to(stored)
+        target[start:stop].copy_(values.view(target[start:stop].shape))
+
+
+def _refuse_homeless(model: Any, names: list[str]) -> None:
+    """Tensors that the model's own class ignores (old rotary tables) are left out; any other is an error."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    ignored.append(re.compile(r"rotary_emb\.inv_freq$"))
+    left = [name for name in names if not any(pattern.search(name) for pattern in ignored)]
+    if left:
+        raise CheckpointError(
+            "unknown-tensors",
+            f"{len(left)} tensors of the checkpoint have no place in the model",
+            why=_listed(left),
+            hint="config.json names another architecture than the weights are of",
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,48 @@
+"""Base checkpoints as they lie on disk: header, weights by rows, config, tokenizer files. No torch, no mmap."""
+
+from lora2edge.checkpoint.blas import one_blas_thread
+from lora2edge.checkpoint.floats import FLOAT_DTYPES, decode, encode_rows
+from lora2edge.checkpoint.header import Header, StoredTensor, read_header
+from lora2edge.checkpoint.reader import TensorReader
+from lora2edge.checkpoint.source import Source, missing_source, read_json_file, resolve_source
+from lora2edge.checkpoint.stored import (
+    StoredCheckpoint,
+    check_vocabulary,
+    embedding_name,
+    head_name,
+    open_checkpoint,
+    shard_fingerprint,
+)
+from lora2edge.checkpoint.tokenizer import (
+    GENERATION_FILES,
+    TOKENIZER_GROUP,
+    merge_tokenizer_files,
+    tokenizer_files,
+    vocabulary_size,
+)
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "GENERATION_FILES",
+    "TOKENIZER_GROUP",
+    "Header",
+    "Source",
+    "StoredCheckpoint",
+    "StoredTensor",
+    "TensorReader",
+    "check_vocabulary",
+    "decode",
+    "embedding_name",
+    "encode_rows",
+    "head_name",
+    "merge_tokenizer_files",
+    "missing_source",
+    "one_blas_thread",
+    "open_checkpoint",
+    "read_header",
+    "read_json_file",
+    "resolve_source",
+    "shard_fingerprint",
+    "tokenizer_files",
+    "vocabulary_size",
+]

@@ -1,0 +1,70 @@
+"""Stored floats to float32 and back. bfloat16 is done with integer operations: numpy has no such type."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora2edge.contracts import FloatArray
+
+FLOAT_DTYPES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+"""The dtypes that can be read and written, as safetensors names them, and the bytes of one element."""
+
+_BLOCK = 1 << 16
+"""Elements rounded at a time, so that the passes of the rounding stay in a core's own cache."""
+
+
+def decode(raw: NDArray[np.uint8], dtype: str) -> FloatArray:
+    """The bytes `raw` (one axis) of a stored tensor as float32, one axis, a new array.
+
+    Exact for BF16, F16 and F32; F64 is rounded. Raises KeyError for a dtype not in FLOAT_DTYPES.
+    """
+    if dtype == "BF16":
+        wide = raw.view("<u2").astype(np.uint32)
+        np.left_shift(wide, 16, out=wide)
+        return wide.view(np.float32)
+    with np.errstate(over="ignore"):
+        return raw.view(_NUMPY[dtype]).astype(np.float32)
+
+
+def encode_rows(rows: FloatArray, dtype: str) -> NDArray[Any]:
+    """float32 `rows` rounded once to the stored dtype: nearest, ties to even; NaN stays NaN.
+
+    Returns an array of the same shape: uint16 holding the bits for BF16, else numpy's own type, little-endian.
+    Raises KeyError for a dtype not in FLOAT_DTYPES.
+    """
+    if dtype == "BF16":
+        return _round_bfloat16(np.ascontiguousarray(rows, dtype=np.float32))
+    with np.errstate(over="ignore"):
+        return rows.astype(_NUMPY[dtype])
+
+
+def _round_bfloat16(rows: FloatArray) -> NDArray[np.uint16]:
+    """Adds 0x7FFF and the lowest kept bit, then cuts: round to nearest even.
+
+    A NaN gets its quiet bit instead, because the carry could turn it into an infinity.
+    """
+    bits = rows.reshape(-1).view(np.uint32)
+    out = np.empty(bits.shape, np.uint16)
+    carry = np.empty(min(_BLOCK, len(bits)), np.uint32)
+    for start in range(0, len(bits), _BLOCK):
+        block = bits[start : start + _BLOCK]
+        part = carry[: len(block)]
+        np.right_shift(block, 16, out=part)
+        np.bitwise_and(part, 1, out=part)
+        np.add(part, 0x7FFF, out=part)
+        np.add(part, block, out=part)
+        np.right_shift(part, 16, out=part)
+        out[start : start + _BLOCK] = part
+        np.bitwise_and(block, 0x7FFFFFFF, out=part)
+        if part.max(initial=0) > 0x7F800000:
+            nan = part > 0x7F800000
+            out[start : start + _BLOCK][nan] = (block[nan] >> 16) | 0x40
+    return out.reshape(rows.shape)
+
+
+_NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}

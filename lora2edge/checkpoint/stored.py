@@ -1,0 +1,273 @@
+"""A plain checkpoint folder behind the Checkpoint contract."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora2edge.checkpoint.reader import TensorReader
+from lora2edge.checkpoint.source import Source, missing_source, read_json_file, resolve_source
+from lora2edge.checkpoint.tokenizer import tokenizer_files, vocabulary_size
+from lora2edge.contracts import CheckpointRef, StoredBytes, Task, TensorInfo, TokenizerFiles
+from lora2edge.errors import CheckpointError, InputError, refuse
+from lora2edge.storage import sha256_file
+
+if TYPE_CHECKING:
+    from lora2edge.contracts import FloatArray
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_TASKS: dict[str, Task] = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+}
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_TO_SAFETENSORS = (
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors; do it where you trust "
+    "the file, because loading a pickle runs code"
+)
+
+
+class StoredCheckpoint:
+    """A checkpoint folder as transformers writes it. Reads headers when opened, weights when asked."""
+
+    def __init__(self, source: Source, config: dict[str, Any], task: Task, reader: TensorReader) -> None:
+        self.source = source
+        self.path = source.folder
+        self._config = config
+        self._task = task
+        self._reader = reader
+        self._tokenizer = TokenizerFiles(tokenizer_files(source.folder))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @property
+    def tokenizer(self) -> TokenizerFiles:
+        return self._tokenizer
+
+    @property
+    def task(self) -> Task:
+        return self._task
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._reader.tensors
+
+    @property
+    def ref(self) -> CheckpointRef:
+        return CheckpointRef(str(self.path))
+
+    def rows(self, name: str, start: int, stop: int) -> FloatArray:
+        return self._reader.rows(name, start, stop)
+
+    def delta(self, name: str, start: int, stop: int) -> FloatArray | None:
+        return None
+
+    def stored(self, name: str) -> StoredBytes | None:
+        return self._reader.bytes_at(name)
+
+    def module_names(self, name: str) -> list[str]:
+        return [name]
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the cache keys on: full hashes of small files; header hash, size, mtime and inode of each shard."""
+        shards = {
+            name: shard_fingerprint(self.path / name, header.sha256) for name, header in self._reader.headers.items()
+        }
+        return {"shards": shards, "files": {path.name: sha256_file(path) for path in self._small_files()}}
+
+    def file_hashes(self) -> dict[str, str]:
+        """File name → sha256 of every file that is used, weights included."""
+        paths = [*self._small_files(), *(self.path / name for name in self._reader.headers)]
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            return dict(zip((path.name for path in paths), pool.map(sha256_file, paths), strict=True))
+
+    def _small_files(self) -> list[Path]:
+        own = [self.path / name for name in ("config.json", INDEX) if (self.path / name).is_file()]
+        return [*own, *self._tokenizer.files.values()]
+
+
+def open_checkpoint(where: str | Path) -> StoredCheckpoint:
+    """The checkpoint in the folder `where`, or of the hub id `org/name[@REV]`. Reads no weight.
+
+    Raises CheckpointError, or Refusals with all of them.
+    """
+    source = resolve_source(where)
+    folder = source.folder
+    if not (folder / "config.json").is_file():
+        why = "it has an adapter_config.json: that is an adapter" if _is_adapter(folder) else "config.json is missing"
+        raise missing_source("checkpoint", where, why, "give the folder that save_pretrained() wrote the base model to")
+    config = read_json_file(folder / "config.json", "bad-config")
+    reader = TensorReader(folder, _shards(folder))
+    try:
+        _check_index(folder, reader)
+        problems = [_quantized(config), _no_tokenizer(folder), _vocabulary(folder, config, reader.tensors)]
+        refuse([problem for problem in problems if problem])
+        checkpoint = StoredCheckpoint(source, config, _task(config), reader)
+        _check_head(checkpoint)
+    except BaseException:
+        reader.close()
+        raise
+    return checkpoint
+
+
+def embedding_name(tensors: Iterable[str]) -> str | None:
+    """Name of the token embedding's weight among `tensors`."""
+    return next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
+
+
+def head_name(tensors: Iterable[str]) -> str | None:
+    """Name of the output head's own weight among `tensors`; None where there is none, as in a tied checkpoint."""
+    return next((name for name in tensors if name in _HEADS), None)
+
+
+def check_vocabulary(path: Path, rows: int) -> CheckpointError | None:
+    """The refusal where tokenizer.json has ids that an embedding of `rows` rows lacks."""
+    needed = vocabulary_size(path)
+    if needed <= rows:
+        return None
+    return CheckpointError(
+        "vocabulary-too-large",
+        f"the tokenizer has {needed} ids, the embedding {rows} rows",
+        why=f"ids {rows} to {needed - 1} have no weights; the tokenizer is {path}",
+        hint="use the tokenizer that belongs to the weights, or resize_token_embeddings() and save the base again",
+    )
+
+
+def shard_fingerprint(path: Path, header_sha256: str) -> dict[str, Any]:
+    """Cheap identity of a large file: a hub blob by its name (its hash), else header, size, mtime and inode."""
+    real = path.resolve()
+    if path.is_symlink() and real.parent.name == "blobs":
+        return {"blob": real.name}
+    stat = real.stat()
+    return {
+        "header": header_sha256,
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "inode": stat.st_ino,
+    }
+
+
+def _shards(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        weight_map = read_json_file(folder / INDEX, "bad-index").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError("bad-index", f"{INDEX} has no weight_map", why="it maps each tensor to its file")
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if Path(name).name != name]
+        missing = [name for name in names if name not in outside and not (folder / name).is_file()]
+        if outside or missing:
+            raise CheckpointError(
+                "missing-shard",
+                f"{', '.join(outside or missing)} of {len(names)} weight files is not in {folder}",
+                why=f"{INDEX} names it",
+                hint="finish the download, or save the checkpoint again",
+            )
+        return names
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            "pickle-only",
+            f"{folder} has its weights only as a pickle, {pickles[0]}",
+            why="opening a pickle runs whatever code is in it",
+            hint=_TO_SAFETENSORS,
+        )
+    raise CheckpointError(
+        "no-weights", f"{folder} has no weights", why=f"neither {SINGLE} nor {INDEX} is there",
+        hint="give the folder that save_pretrained() wrote; weights under other names are not looked for",
+    )  # fmt: skip
+
+
+def _check_index(folder: Path, reader: TensorReader) -> None:
+    if not (folder / INDEX).is_file():
+        return
+    weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    for name, shard in weight_map.items():
+        found = reader.tensors.get(name)
+        if found is None or found.shard != shard:
+            raise CheckpointError(
+                "missing-tensor",
+                f"{shard} does not hold the tensor {name!r}",
+                why=f"{INDEX} says it does" + (f"; it is in {found.shard}" if found else ""),
+                hint="index and weight files are from different saves: download or save all of them again",
+            )
+
+
+def _quantized(config: Mapping[str, Any]) -> InputError | None:
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+    if isinstance(settings, dict) and method == "bitsandbytes":
+        method = "bitsandbytes 4-bit" if settings.get("load_in_4bit") else "bitsandbytes 8-bit"
+    return CheckpointError(
+        "quantized-base",
+        f"a quantized base is not supported yet: {method}",
+        why="merging needs the weights in 16 or 32 bits",
+        hint="give the 16-bit checkpoint that it was quantized from with --base",
+    )
+
+
+def _no_tokenizer(folder: Path) -> InputError | None:
+    if (folder / "tokenizer.json").is_file():
+        return None
+    return CheckpointError(
+        "no-tokenizer",
+        f"{folder} has no tokenizer.json",
+        why="token ids are checked against it in every backend",
+        hint="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it",
+    )
+
+
+def _vocabulary(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> InputError | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    name = embedding_name(tensors)
+    rows = tensors[name].shape[0] if name else config.get("vocab_size")
+    return check_vocabulary(folder / "tokenizer.json", rows) if isinstance(rows, int) else None
+
+
+def _task(config: Mapping[str, Any]) -> Task:
+    architectures = config.get("architectures") or []
+    for architecture in architectures if isinstance(architectures, list) else []:
+        for suffix, task in _TASKS.items():
+            if str(architecture).endswith(suffix):
+                return task
+    raise CheckpointError(
+        "unknown-task",
+        "config.json does not say what the model is for",
+        why=f"architectures is {architectures}; known endings: {', '.join(_TASKS)}",
+        hint="text models only: causal language models and sequence or token classifiers",
+    )
+
+
+def _check_head(checkpoint: StoredCheckpoint) -> None:
+    """A checkpoint that says it is not tied and has no head would be loaded with a random one."""
+    tensors = checkpoint.tensors
+    untied = checkpoint.config.get("tie_word_embeddings") is False
+    if checkpoint.task == "causal-lm" and untied and embedding_name(tensors) and not head_name(tensors):
+        raise CheckpointError(
+            "missing-tensor",
+            "the checkpoint has no output head",
+            why='config.json says "tie_word_embeddings": false and there is no lm_head.weight',
+            hint='restore the missing file, or set "tie_word_embeddings": true where the head is the embedding',
+        )
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()

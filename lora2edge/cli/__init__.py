@@ -1,0 +1,53 @@
+"""The command line: one file per verb, which parses and then calls a function that anyone could call from Python."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import click
+
+from lora2edge import __version__
+from lora2edge.errors import EXIT_INPUT, EXIT_INTERRUPTED, Lora2EdgeError
+
+_VERBS = ("build", "merge", "lower", "measure", "bench", "targets", "doctor", "inspect", "cache")
+
+
+class _Verbs(click.Group):
+    """Loads a verb's file when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"lora2edge.cli.{cmd_name}").command
+        return command
+
+
+@click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lora2edge")
+def cli() -> None:
+    """Compile a LoRA adapter and its base into a measured artifact, and prove that the fine-tune survived."""
+
+
+def main() -> None:
+    """Runs the command line; turns our errors into text and an exit code. Anything else is a bug and shows itself."""
+    as_json = "--json" in sys.argv
+    try:
+        status = cli(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except Lora2EdgeError as error:
+        if as_json:
+            click.echo(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
+        else:
+            click.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: finished stages are kept, the same command goes on from there", err=True)
+        sys.exit(EXIT_INTERRUPTED)

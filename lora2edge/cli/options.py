@@ -1,0 +1,78 @@
+"""Options that several verbs share, and how verbs show progress and results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from lora2edge.contracts import Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(function: F) -> F:
+    """--base and --adapter."""
+    for option in (
+        click.option("--adapter", metavar="DIR|ID[@REV]", help="PEFT adapter: a folder or a hub id."),
+        click.option(
+            "--base", metavar="DIR|ID[@REV]", help="Base checkpoint. Default: the one that the adapter names."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def run_options(function: F) -> F:
+    """--device, --dtype, --tokens, --threads, --seed."""
+    for option in (
+        click.option("--seed", type=int, help="Of the bootstrap intervals. Default: 0."),
+        click.option("--threads", type=click.IntRange(min=1), help="Default: all physical cores."),
+        click.option("--tokens", type=click.IntRange(min=1), help="Budget of scored test positions. Default: 20000."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            help="Of the baseline. auto: float32 for quality, the checkpoint's own for speed.",
+        ),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"])),
+    ):
+        function = option(function)
+    return function
+
+
+data_option = click.option(
+    "--data", type=click.Path(path_type=Path), help="JSONL: prompt/response, input/output or messages."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for machines.")
+force_option = click.option("--force", is_flag=True, help="Write into a folder that is not empty and not ours.")
+target_option = click.option(
+    "--target", "targets", multiple=True, metavar="NAME|FILE", help="What to build; see `lora2edge targets`."
+)
+
+
+@contextlib.contextmanager
+def progress_shown(as_json: bool) -> Iterator[Progress]:
+    """Bars on a terminal; silence in a pipe and under --json."""
+    from lora2edge.progress import SILENT, Bars
+
+    if as_json or not sys.stderr.isatty():
+        yield SILENT
+    else:
+        with Bars() as bars:
+            yield bars
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on standard output."""
+    click.echo(json.dumps(data, ensure_ascii=False))
+
+
+def text(path: Path | None) -> str | None:
+    """A path as recipes hold it."""
+    return None if path is None else str(path)

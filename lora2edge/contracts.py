@@ -1,0 +1,396 @@
+"""What the stages hand to each other. Imports no heavy library, so that every layer can use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lora2edge.target import Target
+
+    FloatArray = NDArray[np.float32]
+    IntArray = NDArray[np.int64]
+
+Task = Literal["causal-lm", "sequence-classification", "token-classification"]
+Message = Mapping[str, str]
+"""`{"role": "user", "content": "…"}`"""
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One stored tensor, as its header gives it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it: "F32", "F16", "BF16", "I64", …"""
+    shard: str
+    """File name inside the checkpoint folder."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """A range of a file that can be copied as it stands."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An adapter folder and the weight that it is added with."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """Opens the same view in another process: a base folder and the adapters merged into it."""
+
+    base: str
+    adapters: tuple[AdapterRef, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> CheckpointRef:
+        return CheckpointRef(data["base"], tuple(AdapterRef(**item) for item in data["adapters"]))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Where a checkpoint's tokenizer, chat template and generation config come from.
+
+    An adapter folder wins over the base folder, file by file, and the tokenizer files go together:
+    `tokenizer.json` and `tokenizer_config.json` are never mixed from two folders.
+    """
+
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """File name → path: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, …"""
+
+
+class Checkpoint(Protocol):
+    """Config, tokenizer and lazy tensors; plain or merged, consumers can't tell which."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def tokenizer(self) -> TokenizerFiles: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Names as in the files, in the files' order."""
+        ...
+
+    @property
+    def ref(self) -> CheckpointRef: ...
+
+    def rows(self, name: str, start: int, stop: int) -> FloatArray:
+        """Rows `start:stop` (along the first axis) of `name`, float32, unrounded; `[stop - start, …]`.
+
+        The array is the caller's own. For a tensor whose stored dtype is not a float, raises CheckpointError.
+        """
+        ...
+
+    def delta(self, name: str, start: int, stop: int) -> FloatArray | None:
+        """Rows `start:stop` of the change ΔW that adapters make to `name`, float32; None where they make none."""
+        ...
+
+    def stored(self, name: str) -> StoredBytes | None:
+        """Where the tensor's bytes lie on disk, unchanged; None where the view computes them."""
+        ...
+
+    def module_names(self, name: str) -> list[str]:
+        """File name → the parameter name(s) of the same weight in transformers 5, which fuses experts."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# ---------------------------------------------------------------- text
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One line of the user's data."""
+
+    messages: tuple[Message, ...]
+    """Ends with the assistant's message, the reference response."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Other short string fields of the line, e.g. `topic` and `lang`."""
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        return self.messages[:-1]
+
+    @property
+    def response(self) -> str:
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One rendered and tokenized item: prompt, then response with its end marker."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    item: Item
+
+    @property
+    def positions(self) -> range:
+        """The positions whose next token is a response token: what perplexity and KL are taken over."""
+        return range(self.prompt_length - 1, len(self.ids) - 1)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStats:
+    """Statistics of the input of one linear layer, per input channel, over all calibration tokens."""
+
+    mean_square: FloatArray
+    """`[channels]` float32: mean of x², the importance matrix of llama.cpp."""
+    count: int
+    """Tokens seen."""
+
+
+class Calibration(Protocol):
+    """A folder in the build cache."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+    @property
+    def names(self) -> Sequence[str]:
+        """The weights (checkpoint tensor names) that statistics exist for."""
+        ...
+
+    def vectors(self, name: str) -> ChannelStats:
+        """Statistics of the inputs of weight `name`; KeyError where none were taken."""
+        ...
+
+
+# ---------------------------------------------------------------- artifacts
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an artifact is made of: deterministic; no time, absolute path, host name or figure."""
+
+    schema: int
+    target: str
+    backend: str
+    task: Task
+    key: str
+    """Hash of everything that determines the files: what the cache looks for."""
+    inputs: Mapping[str, Any]
+    """Names and sha256 of base shards, adapter files, tokenizer files, calibration set."""
+    options: Mapping[str, Any]
+    """The resolved target."""
+    versions: Mapping[str, str]
+    files: Mapping[str, str]
+    """File name → sha256."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the lowering that are not figures: tensor types, tokenizer differences by class, …"""
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, two spaces, a final newline."""
+        return json.dumps(asdict(self), sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        return Manifest(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A folder that a backend wrote, with its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def size_bytes(self) -> int:
+        return sum((self.path / name).stat().st_size for name in self.manifest.files)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDamage:
+    """What lowering did to one tensor, computed from the finished file."""
+
+    name: str
+    """Name in the checkpoint."""
+    type: str
+    """Stored type in the artifact, e.g. "Q4_K"."""
+    layer: int | None
+    relative_error: float
+    """‖Q − W‖ / ‖W‖, Frobenius."""
+    delta_kept: float | None
+    """⟨Q − W_base, ΔW⟩ / ‖ΔW‖²: 1 = all of the adapter's change is still there; None where nothing was adapted."""
+    delta_noise: float | None
+    """‖Q − W‖ / ‖ΔW‖: above 1 the rounding is larger than the change that the adapter made."""
+
+
+# ---------------------------------------------------------------- backends and sessions
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the plan must know of the machine."""
+
+    cores: int
+    ram_bytes: int
+    """Available now, not installed."""
+    disk_bytes: int
+    """Free on the output's file system."""
+    cuda: str | None
+    """Name of the first GPU, where torch sees one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a lowering will need, stated in the plan."""
+
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """What a session runs on: printed beside every figure that it gives."""
+
+    backend: str
+    device: str
+    dtype: str
+    slots: int
+    """Requests that are decoded together."""
+    threads: int
+    max_length: int
+    """Tokens of prompt and response together, per slot."""
+    batching: str
+    """How concurrent requests are served, in words."""
+    build: str
+    """The kernels' build, e.g. "xllamacpp 2026.10.11549 prebuilt (AVX2)"."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Greedy is what measurements use."""
+
+    temperature: float = 0.0
+
+
+GREEDY = Sampling()
+
+
+class Session(Protocol):
+    """An opened artifact, or the baseline."""
+
+    @property
+    def facts(self) -> SessionFacts: ...
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the rendered conversation, with the generation prompt: the runtime's own tokenizer."""
+        ...
+
+    def logits(self, batch: Sequence[Sequence[int]], keep: Sequence[Sequence[int]]) -> Iterator[FloatArray]:
+        """For each sequence of `batch`, in order: `[len(keep[i]), V]` float32, logits at the kept positions."""
+        ...
+
+    def generate(
+        self, ids: Sequence[int], *, max_new: int, stop: Sequence[int], sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """New token ids, one by one, without the stop token. Thread-safe: queues beyond the slots.
+
+        Closing the iterator cancels the request. An empty `stop` generates `max_new` tokens, whatever they are.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """Lowers a checkpoint to one runtime's format and opens the result."""
+
+    name: str
+    extra: str
+    """pip install 'lora2edge[<extra>]'; "" where the core is enough."""
+
+    def check(self, checkpoint: Checkpoint, target: Target, machine: Machine) -> Estimate:
+        """What lowering will need. Reads no weight; raises all refusals at once."""
+        ...
+
+    def lower(
+        self,
+        checkpoint: Checkpoint,
+        target: Target,
+        calibration: Calibration | None,
+        out: Path,
+        progress: Progress,
+    ) -> Lowered:
+        """Writes the artifact's files into the existing, empty folder `out` (the caller renames it whole)."""
+        ...
+
+    def open(self, path: Path, target: Target, *, device: str, threads: int, slots: int, max_length: int) -> Session:
+        """Opens the files that `lower` wrote."""
+        ...
+
+    def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:
+        """Reads the finished file back and compares it with the checkpoint, tensor by tensor."""
+        ...
+
+    def doctor(self) -> BackendHealth:
+        """Whether this backend works here, and why not. Never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """What a lowering has to say for the manifest."""
+
+    versions: Mapping[str, str]
+    notes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendHealth:
+    """One line of `lora2edge doctor`."""
+
+    name: str
+    works: bool
+    detail: str
+    """Versions and the kernels' build where it works, the reason where it does not."""
+    hint: str = ""
+
+
+class Progress(Protocol):
+    """Where long work says how far it is. Silent in a pipe, a bar on a terminal, JSON lines in a stage process."""
+
+    def start(self, what: str, total: int, unit: str = "") -> None: ...
+    def advance(self, amount: int = 1) -> None: ...
+    def finish(self) -> None: ...

@@ -1,0 +1,119 @@
+"""Every error that a user can cause or mend, as one tree.
+
+Lora2EdgeError                 carries code, what, why, hint
+├── InputError                 exit 2: bad input, a missing part, a machine that cannot do it
+│   ├── CheckpointError        a base that cannot be read as it stands
+│   ├── AdapterError           an adapter that cannot be merged exactly
+│   ├── DataError              texts that cannot be used
+│   ├── TargetError            a target file or name
+│   ├── UnsupportedError       an architecture, tokenizer or option that a backend does not know
+│   ├── MissingExtraError      an optional library that is not installed, or is broken
+│   ├── OutputError            the output folder or disk
+│   └── Refusals               several of the above at once
+└── GateError                  exit 3: the merge proof or a gate failed
+    └── ProofError             the merged model is not base + adapter
+
+A code is stable from release to release: scripts may test it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_INPUT = 2
+EXIT_GATE = 3
+EXIT_INCONCLUSIVE = 4
+EXIT_INTERRUPTED = 130
+
+
+class Lora2EdgeError(Exception):
+    """An error with a stable `code`, `what` happened, `why`, and a `hint` that can be pasted."""
+
+    exit_code = EXIT_BUG
+
+    def __init__(self, code: str, what: str, *, why: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.code = code
+        self.what = what
+        self.why = why
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.what}"]
+        if self.why:
+            lines.append(f"  why:  {self.why}")
+        if self.hint:
+            lines.append(f"  hint: {self.hint}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, str]:
+        """The error for `--json`."""
+        return {"code": self.code, "what": self.what, "why": self.why, "hint": self.hint}
+
+
+class InputError(Lora2EdgeError):
+    """Bad input, a missing part, or a machine that cannot do what was asked."""
+
+    exit_code = EXIT_INPUT
+
+
+class CheckpointError(InputError):
+    """A base checkpoint that cannot be read as it stands."""
+
+
+class AdapterError(InputError):
+    """An adapter that cannot be merged exactly."""
+
+
+class DataError(InputError):
+    """Texts that cannot be used."""
+
+
+class TargetError(InputError):
+    """A target or recipe: its name, file or keys."""
+
+
+class UnsupportedError(InputError):
+    """An architecture, tokenizer or option that a backend does not know."""
+
+
+class MissingExtraError(InputError):
+    """An optional library that is not installed, or is installed and broken."""
+
+
+class OutputError(InputError):
+    """The output folder, its rights, or the disk under it."""
+
+
+class Refusals(InputError):
+    """Several errors found in one look, so that all are mended in one go."""
+
+    def __init__(self, errors: Sequence[InputError]) -> None:
+        super().__init__(errors[0].code if len(errors) == 1 else "several", f"{len(errors)} problems were found")
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+    def as_dict(self) -> dict[str, str]:
+        return self.errors[0].as_dict() if len(self.errors) == 1 else {**super().as_dict(), "why": str(self)}
+
+
+class GateError(Lora2EdgeError):
+    """A bound that the build had to meet was missed."""
+
+    exit_code = EXIT_GATE
+
+
+class ProofError(GateError):
+    """The merged model does not answer like base + live adapter."""
+
+
+def refuse(errors: Sequence[InputError]) -> None:
+    """Raises the one error, or all of them together; returns when there are none."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise Refusals(errors)

@@ -1,0 +1,237 @@
+"""The stages of a build, each found again in the cache when nothing that determines it has changed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora2edge.artifact import RECORD, find_artifact, open_artifact, read_record, write_manifest
+from lora2edge.backends.hf import open_baseline, open_merged
+from lora2edge.bench.interleave import bench
+from lora2edge.bench.machine import fingerprint
+from lora2edge.bench.process import Command
+from lora2edge.bench.scenario import Scenario, context_needed, load_scenario, make_requests
+from lora2edge.cache import Cache, now, stage_key
+from lora2edge.calibration import calibrate
+from lora2edge.contracts import Progress, Sample
+from lora2edge.plan import Plan
+from lora2edge.quality import record_reference, verify_merge
+from lora2edge.stage import run_stage, stage_command
+from lora2edge.storage import atomic_folder, write_json
+from lora2edge.target import Target
+from lora2edge.texts import Texts, samples_digest
+
+_RESULT = "result.json"
+_SLOTS = 4
+"""Requests that a session serves together while quality is measured."""
+_ANSWER_TOKENS = 64
+"""Room for a generated answer, beside the longest sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A stage's result, and whether it was measured now or found again."""
+
+    result: dict[str, Any]
+    path: Path
+    """The stage's folder."""
+    key: str
+    reused: bool
+    measured_at: str
+    seconds: float
+    """What it took when it was measured."""
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """Runs the stages of one plan and keeps the record of them."""
+
+    plan: Plan
+    cache: Cache
+    progress: Progress
+    record: list[dict[str, Any]] = field(default_factory=list)
+    """For the report: name, seconds, reused, measured_at of each stage, in order."""
+
+    def prove(self, texts: Texts) -> Finished:
+        """Merged against live adapter, on the calibration text. Raises ProofError."""
+        plan, samples = self.plan, texts.calibration
+        session = self._session(samples)
+
+        def measure(folder: Path) -> dict[str, Any]:
+            proof = verify_merge(
+                lambda dtype: open_baseline(plan.base_path, plan.adapter_path, dtype=dtype, **session),
+                lambda dtype, rounded: open_merged(plan.merged, dtype=dtype, rounded=rounded, **session),
+                samples,
+                dtype=plan.dtype,
+                progress=self.progress,
+            )
+            return asdict(proof)
+
+        return self._cached("prove", [samples_digest(samples), session], measure)
+
+    def calibrate(self, texts: Texts) -> Finished:
+        """The calibration folder: samples, and the activation statistics of the merged model."""
+        plan, samples = self.plan, texts.calibration
+
+        def measure(folder: Path) -> dict[str, Any]:
+            done = calibrate(plan.merged, samples, folder, self.progress, device=plan.device, threads=plan.threads)
+            return {"items": len(samples), "tokens": sum(len(sample.ids) for sample in samples), "digest": done.digest}
+
+        return self._cached("calibrate", [samples_digest(samples), plan.device], measure)
+
+    def record_baseline(self, texts: Texts) -> Finished:
+        """Base and baseline on the test text: hidden states, losses, answers."""
+        plan, samples = self.plan, texts.test
+        session = self._session(samples)
+        dtype = "float32" if plan.recipe.dtype == "auto" else plan.recipe.dtype
+
+        def measure(folder: Path) -> dict[str, Any]:
+            return record_reference(
+                open_baseline(plan.base_path, plan.adapter_path, dtype=dtype, **session),
+                lambda: open_baseline(plan.base_path, None, dtype=dtype, **session),
+                samples,
+                folder,
+                seed=plan.recipe.seed,
+                progress=self.progress,
+            )
+
+        return self._cached("baseline", [samples_digest(samples), session, dtype, plan.recipe.seed], measure)
+
+    def lower_key(self, target: Target, calibration: Finished | None) -> str:
+        """What an artifact of `target` is determined by. Gates and scenarios do not change its files."""
+        options = target.model_dump(mode="json", exclude={"gates", "scenarios", "description"})
+        return stage_key("lower", self.plan.model_key, options, calibration.result["digest"] if calibration else None)
+
+    def lower(self, target: Target, calibration: Finished | None, folder: Path) -> Finished:
+        """The artifact in `folder`, whole; kept where it already is what this plan would write."""
+        key = self.lower_key(target, calibration)
+        found = find_artifact(folder, key)
+        if found is not None:
+            return self._note("lower", _lowered(folder, key, reused=True), target)
+        with atomic_folder(folder) as partial:
+            request = {
+                "stage": "lower",
+                "checkpoint": self.plan.merged.ref.to_json(),
+                "target": target.model_dump(mode="json"),
+                "calibration": str(calibration.path) if calibration else None,
+                "out": str(partial),
+            }
+            result = run_stage(request, self.progress, target.python)
+            write_manifest(
+                partial,
+                self.plan.merged,
+                target,
+                result,
+                key=key,
+                calibration=calibration.key if calibration else None,
+            )
+            write_json(partial / RECORD, {**result, "measured_at": now()})
+        return self._note("lower", _lowered(folder, key, reused=False), target)
+
+    def measure(self, target: Target, artifact: Path, reference: Finished, texts: Texts) -> Finished:
+        """Quality of the artifact against the recorded baseline."""
+        session = self._session(texts.test)
+        request = {
+            "stage": "measure",
+            "target": target.model_dump(mode="json"),
+            "artifact": str(artifact),
+            "reference": str(reference.path),
+            "seed": self.plan.recipe.seed,
+            **session,
+        }
+        key = [open_artifact(artifact).manifest.key, reference.key, session]
+        return self._cached("measure", key, lambda _: run_stage(request, self.progress, target.python), target)
+
+    def bench(self, target: Target, artifact: Path, texts: Texts) -> Finished:
+        """Speed of the artifact and of the baseline, interleaved, each in its own process."""
+        plan = self.plan
+        dtype = plan.dtype if plan.recipe.dtype == "auto" else plan.recipe.dtype
+        scenarios = [load_scenario(name) for name in target.scenarios]
+        prompts = [sample.ids[: sample.prompt_length] for sample in texts.test]
+
+        def measure(folder: Path) -> dict[str, Any]:
+            return {
+                "scenarios": {
+                    scenario.name: self._bench(target, artifact, scenario, make_requests(scenario, prompts), dtype)
+                    for scenario in scenarios
+                }
+            }
+
+        key = [
+            open_artifact(artifact).manifest.key,
+            samples_digest(texts.test),
+            [scenario.model_dump(mode="json") for scenario in scenarios],
+            [fingerprint(), plan.device, plan.threads, dtype],
+        ]
+        return self._cached("bench", key, measure, target)
+
+    def _bench(
+        self, target: Target, artifact: Path, scenario: Scenario, requests: list[list[int]], dtype: str
+    ) -> dict[str, Any]:
+        """One scenario's figures."""
+        plan = self.plan
+        session = {
+            "stage": "session",
+            "device": plan.device,
+            "threads": plan.threads,
+            "slots": scenario.slots,
+            "max_length": context_needed(scenario, requests),
+        }
+        sides: dict[str, dict[str, Any]] = {
+            "baseline": {"base": plan.base_path, "adapter": plan.adapter_path, "dtype": dtype},
+            "artifact": {"artifact": str(artifact), "target": target.model_dump(mode="json")},
+        }
+        with tempfile.TemporaryDirectory(prefix="lora2edge-") as folder:
+            commands = {}
+            for name, side in sides.items():
+                path = Path(folder) / f"{name}.json"
+                path.write_text(json.dumps({**session, "kind": name, **side}), encoding="utf-8")
+                commands[name] = Command(tuple(stage_command(path, target.python if name == "artifact" else None)))
+            result = bench(commands["baseline"], commands["artifact"], requests, scenario, self.progress)
+        return result.to_json()
+
+    # ------------------------------------------------------------ the record
+
+    def _cached(
+        self, stage: str, parts: list[Any], measure: Callable[[Path], dict[str, Any]], target: Target | None = None
+    ) -> Finished:
+        """The stage's result from the cache, or measured now and kept."""
+        key = stage_key(stage, self.plan.model_key, *parts)
+        entry = self.cache.find(stage, key)
+        if entry is None:
+            with self.cache.writing(stage, key) as folder:
+                write_json(folder / _RESULT, measure(folder))
+            entry = self.cache.entry(stage, key)
+        result = json.loads((entry.path / _RESULT).read_text(encoding="utf-8"))
+        return self._note(
+            stage, Finished(result, entry.path, key, entry.reused, entry.measured_at, entry.seconds), target
+        )
+
+    def _note(self, stage: str, finished: Finished, target: Target | None) -> Finished:
+        self.record.append(
+            {
+                "name": f"{stage} {target.name}" if target else stage,
+                "seconds": round(finished.seconds, 3),
+                "reused": finished.reused,
+                "measured_at": finished.measured_at,
+            }
+        )
+        return finished
+
+    def _session(self, samples: list[Sample]) -> dict[str, Any]:
+        longest = max(len(sample.ids) for sample in samples)
+        return {
+            "device": self.plan.device,
+            "threads": self.plan.threads,
+            "slots": _SLOTS,
+            "max_length": longest + _ANSWER_TOKENS,
+        }
+
+
+def _lowered(folder: Path, key: str, *, reused: bool) -> Finished:
+    record = read_record(folder)
+    return Finished(record, folder, key, reused, record["measured_at"], record["seconds"])

@@ -1,0 +1,78 @@
+"""How long work says how far it is: a bar on a terminal, JSON lines for a parent process, else nothing."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import IO, Any, Self
+
+from lora2edge.contracts import Progress
+
+
+class Silent:
+    """Says nothing."""
+
+    def start(self, what: str, total: int, unit: str = "") -> None: ...
+    def advance(self, amount: int = 1) -> None: ...
+    def finish(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line on `stream`: how a stage process reports to its parent."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._what = ""
+
+    def start(self, what: str, total: int, unit: str = "") -> None:
+        self._what = what
+        self._print({"event": "start", "what": what, "total": total, "unit": unit})
+
+    def advance(self, amount: int = 1) -> None:
+        self._print({"event": "advance", "amount": amount})
+
+    def finish(self) -> None:
+        self._print({"event": "finish", "what": self._what})
+
+    def _print(self, event: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(event) + "\n")
+        self._stream.flush()
+
+
+class Bars:
+    """rich progress bars on standard error, one a stage."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def start(self, what: str, total: int, unit: str = "") -> None:
+        self._task = self._bars.add_task(what, total=total, unit=unit)
+
+    def advance(self, amount: int = 1) -> None:
+        self._bars.advance(self._task, amount)
+
+    def finish(self) -> None:
+        self._bars.update(self._task, total=self._bars.tasks[self._task].completed or 1)
+
+
+SILENT: Progress = Silent()

@@ -1,0 +1,16 @@
+"""Whether the fine-tune survived: merge proof, perplexity, divergence, gain kept, accuracy, gates."""
+
+from lora2edge.quality.gates import judge
+from lora2edge.quality.measure import measure_quality
+from lora2edge.quality.proof import MergeProof, verify_merge
+from lora2edge.quality.reference import Reference, open_reference, record_reference
+
+__all__ = [
+    "MergeProof",
+    "Reference",
+    "judge",
+    "measure_quality",
+    "open_reference",
+    "record_reference",
+    "verify_merge",
+]

@@ -1,0 +1,87 @@
+"""The recipe: everything that a build is described by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from lora2edge.yamlfile import load_yaml, validate
+
+
+class DataFiles(BaseModel):
+    """Two files, never with the same prompt in both."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    calibration: str
+    test: str
+
+
+class Recipe(BaseModel):
+    """A build. Paths are absolute here, and relative to the recipe's folder in its file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str | None = None
+    """Checkpoint folder, or hub id with an optional `@revision`; None: the adapter's own base."""
+    adapter: str | None = None
+    """PEFT adapter folder or hub id; None: the base alone."""
+    targets: list[str] = Field(default_factory=list)
+    data: DataFiles | str | None = None
+    """One JSONL file (split by a hash of the prompt, 80 to 20), or two."""
+    out: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the baseline. auto: float32 for quality, the checkpoint's own for speed."""
+    tokens: int = Field(default=20000, gt=0)
+    """Budget of scored test positions."""
+    threads: int | None = Field(default=None, gt=0)
+    """None: all physical cores."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+
+_PATH_FIELDS = ("base", "adapter", "out")
+
+
+def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
+    """The recipe in `path` (or an empty one), with `options` (those that are not None) over its fields.
+
+    Relative paths in the file are taken from the file's folder, those in `options` from the working folder.
+    Raises TargetError with every wrong key.
+    """
+    data = _absolute(load_yaml(path), path.resolve().parent) if path else {}
+    given = {key: value for key, value in options.items() if value is not None and value != ()}
+    data.update(_absolute(given, Path.cwd()))
+    return validate(Recipe, data, str(path or "the command line"), "recipe-keys")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, which repeats the build."""
+    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _absolute(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Makes the relative paths of `data` absolute. A base or adapter that is no folder there is a hub id."""
+    result = dict(data)
+    for key in _PATH_FIELDS:
+        value = result.get(key)
+        if isinstance(value, str) and (key == "out" or (folder / value).exists() or value.startswith((".", "/"))):
+            result[key] = str((folder / value).resolve())
+    if isinstance(result.get("targets"), list):
+        result["targets"] = [_absolute_target(name, folder) for name in result["targets"]]
+    files = result.get("data")
+    if isinstance(files, str):
+        result["data"] = str((folder / files).resolve())
+    elif isinstance(files, dict):
+        result["data"] = {key: str((folder / str(value)).resolve()) for key, value in files.items()}
+    return result
+
+
+def _absolute_target(name: Any, folder: Path) -> Any:
+    if isinstance(name, str) and name.endswith((".yaml", ".yml")) and (folder / name).exists():
+        return str((folder / name).resolve())
+    return name

@@ -1,0 +1,305 @@
+"""The schema of report.json, version 1. Programs may rely on it; a change of meaning gets a new number.
+
+Fractions are 0 to 1, sizes are bytes, times are seconds unless the name says milliseconds, divergences and losses
+are nats per token. Every ratio reads "above 1 is better than the baseline". None is "not measured", and a
+`…_reason` beside it says why. docs/method.md says how each figure is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA = 1
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Interval(_Strict):
+    """Ends of a 95 % interval; None where there was one observation."""
+
+    low: float | None
+    high: float | None
+    value: float | None = None
+
+
+class Ratio(Interval):
+    """A figure with its 95 % interval."""
+
+    value: float
+
+
+class Percentiles(_Strict):
+    """Of `n` values; None where there are none."""
+
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    n: int
+
+
+# ---------------------------------------------------------------- inputs
+
+
+class BaseInput(_Strict):
+    name: str
+    architecture: str
+    parameters: int
+    dtype: str
+    size_bytes: int
+
+
+class AdapterInput(_Strict):
+    name: str
+    kind: str
+    """lora, rslora, dora, …"""
+    rank: int | None
+    """None where it differs from tensor to tensor."""
+    tensors: int
+    """Tensors in the adapter's file, all of which found their place."""
+    adapted: int
+    """Weights of the base that they change."""
+    delta_norm: float | None = None
+    """‖ΔW‖ / ‖W‖ over the adapted weights, Frobenius."""
+
+
+class DataInput(_Strict):
+    calibration: dict[str, Any]
+    """`items`, `tokens`, and how they were chosen."""
+    test: dict[str, Any]
+    """`items`, `positions`, and how they were chosen."""
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+
+class Inputs(_Strict):
+    base: BaseInput
+    adapter: AdapterInput | None
+    data: DataInput | None
+
+
+# ---------------------------------------------------------------- merge and baseline
+
+
+class MergeProof(_Strict):
+    """Mean KL over the scored positions; live = base + live adapter."""
+
+    math_kl: float
+    """KL(live ‖ merged), both in float32, weights unrounded: what the arithmetic of the merge costs."""
+    rounding_kl: float
+    """KL(live ‖ merged), computed in float32, weights rounded as they are written: what storing them costs."""
+    kl_mean: float
+    """KL(live ‖ merged), both computed in the checkpoint's dtype: what a user of either sees."""
+    floor_kl: float
+    """KL(live in float32 ‖ live in the checkpoint's dtype): what that dtype costs without any merge."""
+    adapter_kl: float | None = None
+    """KL(live ‖ base): what the adapter does here. Near 0 the proof says little."""
+    top1_agreement: float
+    top1_agreement_float32: float | None = None
+    positions: int
+    bounds: dict[str, float] = Field(default_factory=dict)
+    """What the first three had to stay under."""
+    verdict: Verdict = "pass"
+    """A merge that misses a bound ends the build, so a report without a verdict passed."""
+    reused: bool = False
+    measured_at: str = ""
+
+
+class BaseAlone(_Strict):
+    ppl: float
+    nll: float
+    accuracy: float | None = None
+
+
+class Baseline(_Strict):
+    """Base + live adapter."""
+
+    facts: dict[str, Any]
+    ppl: float
+    nll: float
+    accuracy: float | None = None
+    accuracy_by: dict[str, dict[str, float]] = Field(default_factory=dict)
+    accuracy_reason: str = ""
+    gain: Ratio | None
+    """NLL(base) − NLL(baseline), nats per token."""
+    base: BaseAlone
+    reused: bool = False
+    measured_at: str = ""
+
+
+# ---------------------------------------------------------------- targets
+
+
+class GateResult(_Strict):
+    metric: str
+    bound: str
+    """As people read it, in the figure's own unit: "≥ 0.95"."""
+    action: Literal["fail", "warn"]
+    value: float | None
+    low: float | None
+    high: float | None
+    verdict: Verdict
+    reason: str = ""
+
+
+class Quality(_Strict):
+    ppl: float
+    nll: float
+    kl_mean: float
+    kl_p99: float
+    flips: float
+    top1_agreement: float
+    accuracy: float | None = None
+    accuracy_by: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Label → value → accuracy."""
+    gain_kept: Ratio | None
+    gain_kept_reason: str = ""
+    accuracy_reason: str = ""
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    positions: int
+    items: int
+
+
+class SpeedSide(_Strict):
+    ttft_ms: Percentiles
+    itl_ms: Percentiles
+    decode_tps: float
+    prefill_tps: float
+    qps: dict[str, float]
+    output_tps: dict[str, float]
+    load_s: float
+    peak_rss_bytes: int | None
+    start_rss_bytes: int | None
+    loaded_rss_bytes: int | None
+    threads: int
+    facts: dict[str, Any]
+    failures: int
+    failure_reasons: list[str]
+    samples: dict[str, list[float]]
+
+
+class Speed(SpeedSide):
+    """The artifact's figures, the baseline's under `baseline`, and the ratios."""
+
+    scenario: str
+    baseline: SpeedSide
+    decode_ratio: Ratio
+    ttft_ratio: Ratio
+    itl_ratio: Ratio
+    qps_ratio: dict[str, Ratio | None]
+    memory_ratio: Ratio | None
+    load_ratio: Ratio
+    rounds: int
+    order: list[str]
+    warmup: int
+    artifact_failures: int
+    requests: dict[str, int]
+    prompt_tokens: list[int]
+    """Shortest, median, longest."""
+    new_tokens: int
+    seconds: float
+    load_average: dict[str, float]
+    notes: list[str]
+
+
+class Lowering(_Strict):
+    seconds: float
+    cpu_seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+
+class TokenizerDifference(_Strict):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    kind: str = Field(alias="class")
+    text: str
+    consequence: str
+
+
+class TokenizerResult(_Strict):
+    user_text: str
+    """"equal" where every rendered item of the user's data gives the same ids, else how they differ."""
+    torture: list[TokenizerDifference] = Field(default_factory=list)
+
+
+class Damage(_Strict):
+    """contracts.TensorDamage."""
+
+    name: str
+    type: str
+    layer: int | None
+    relative_error: float
+    delta_kept: float | None
+    delta_noise: float | None
+
+
+class ErrorResult(_Strict):
+    code: str
+    what: str
+    why: str = ""
+    hint: str = ""
+    exit_code: int = 1
+
+
+class TargetResult(_Strict):
+    verdict: Verdict
+    gates: list[GateResult] = Field(default_factory=list)
+    quality: Quality | None = None
+    quality_reason: str = ""
+    speed: Speed | None = None
+    """Of the target's first scenario."""
+    scenarios: dict[str, Speed] = Field(default_factory=dict)
+    """Name → speed, of all its scenarios."""
+    speed_reason: str = ""
+    size_bytes: int | None = None
+    size_ratio: float | None = None
+    """Base checkpoint's bytes / artifact's."""
+    peak_rss_bytes: int | None = None
+    """Of the artifact's process in the speed measurement."""
+    lowering: Lowering | None = None
+    tokenizer: TokenizerResult | None = None
+    damage: list[Damage] = Field(default_factory=list)
+    artifact: str | None = None
+    """Folder, relative to the report."""
+    facts: dict[str, Any] = Field(default_factory=dict)
+    error: ErrorResult | None = None
+    reused: dict[str, bool] = Field(default_factory=dict)
+    measured_at: dict[str, str | None] = Field(default_factory=dict)
+
+
+class Stage(_Strict):
+    name: str
+    seconds: float
+    reused: bool = False
+    measured_at: str = ""
+
+
+class Report(_Strict):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    version_of_schema: Literal[1] = Field(alias="schema")
+    lora2edge: str
+    verdict: Verdict
+    exit_code: int
+    command: str
+    started_at: str
+    """ISO 8601, with its zone."""
+    seconds: float
+    machine: dict[str, Any]
+    inputs: Inputs
+    merge: MergeProof | None
+    baseline: Baseline | None
+    targets: dict[str, TargetResult]
+    stages: list[Stage]
+    not_finite: list[str] = Field(default_factory=list)
+    """Figures that were infinite or no number, which JSON cannot hold: they are null in this file."""
+
+
+def check_report(report: dict[str, Any]) -> None:
+    """Raises pydantic.ValidationError where `report` is not of this schema."""
+    Report.model_validate(report)

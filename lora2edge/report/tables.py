@@ -1,0 +1,372 @@
+"""The report's tables, once, for HTML and Markdown alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora2edge.report import words
+from lora2edge.report.words import NONE, interval, percent, times
+
+_WORST = 8
+VERDICT_MARKS = {"pass": "✓ pass", "fail": "✕ fail", "inconclusive": "? inconclusive"}
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A figure, what stands small under it (its interval), and how it is meant."""
+
+    text: str
+    sub: str = ""
+    tone: str = ""
+    """"pass", "fail", "inconclusive", "muted" or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    key: str = ""
+    """"headline" for the table that becomes cards on a phone."""
+
+
+def headline_table(report: Mapping[str, Any]) -> Table:
+    """One row a target, under the rows that give them their scale."""
+    columns = (
+        "Target", "Verdict", "Size", "Gain kept", "KL", "Flips", "Accuracy",
+        "Decode", "First token", "Requests/s", "Peak memory",
+    )  # fmt: skip
+    rows = [*_scale_rows(report)]
+    for name, target in report["targets"].items():
+        rows.append(_headline_row(name, target))
+    return Table(
+        "",
+        columns,
+        tuple(rows),
+        note="Decode, first token, requests per second (at 1 / 2 / 4 requests at a time, as measured) and memory are "
+        "× baseline: above 1 is better. Small figures are 95 % intervals. KL in nats per token against the baseline.",
+        key="headline",
+    )
+
+
+def proof_table(merge: Mapping[str, Any]) -> Table:
+    """What the merge cost, step by step, with the bounds that it had to meet."""
+    steps = (
+        ("math_kl", "merged, float32, unrounded", "the arithmetic of the merge"),
+        ("rounding_kl", "merged, computed in float32, rounded as written", "arithmetic and storing"),
+        ("kl_mean", "merged, computed in the checkpoint's dtype", "what a user of either sees"),
+        ("floor_kl", "base + live adapter in the checkpoint's dtype", "the floor: what that dtype costs anyway"),
+        ("adapter_kl", "base without the adapter", "what there was to lose"),
+    )
+    rows = tuple(
+        _cells(what, words.figure(merge[key]), _below(merge.get("bounds", {}).get(key)), why)
+        for key, what, why in steps
+        if merge.get(key) is not None
+    )
+    note = (
+        f"KL(base + live adapter ‖ …), nats per token, mean over {words.count(merge['positions'])} positions. Same top "
+        f"token at {percent(merge['top1_agreement'], 2)} of them."
+    )
+    return Table("", ("Base + live adapter against …", "KL", "Bound", "What it shows"), rows, note=note)
+
+
+def gates_table(targets: Mapping[str, Any]) -> Table:
+    rows: list[tuple[Cell, ...]] = [
+        (
+            Cell(name),
+            Cell(words.METRIC_NAMES.get(gate["metric"], gate["metric"])),
+            Cell(words.metric(gate["metric"], gate["value"]), words.metric_interval(gate["metric"], gate)),
+            Cell(gate["bound"]),
+            _verdict(gate["verdict"]),
+            Cell("fails the build" if gate["action"] == "fail" else "warns"),
+            Cell(gate.get("reason", "")),
+        )
+        for name, target in targets.items()
+        for gate in target.get("gates", [])
+    ]
+    return Table(
+        "Gates",
+        ("Target", "Figure", "Measured", "Bound", "Verdict", "If missed", "Reason"),
+        tuple(rows),
+        note="A gate passes when its whole interval meets the bound, fails when none of it does, and is inconclusive "
+        "in between.",
+    )
+
+
+def quality_table(report: Mapping[str, Any]) -> Table:
+    baseline = report.get("baseline")
+    rows = []
+    if baseline:
+        base = baseline["base"]
+        rows.append(_cells("base alone", words.figure(base["ppl"], 4), words.figure(base["nll"], 4), *[NONE] * 4,
+                         percent(base.get("accuracy")), NONE))  # fmt: skip
+        rows.append(_cells("baseline", words.figure(baseline["ppl"], 4), words.figure(baseline["nll"], 4), *[NONE] * 4,
+                         percent(baseline.get("accuracy")), NONE))  # fmt: skip
+    for name, target in report["targets"].items():
+        quality = target.get("quality")
+        if quality is None:
+            continue
+        ends = quality.get("intervals") or {}
+        rows.append(
+            (
+                Cell(name),
+                Cell(words.figure(quality["ppl"], 4)),
+                Cell(words.figure(quality["nll"], 4)),
+                Cell(words.figure(quality["kl_mean"]), interval(ends.get("kl_mean"))),
+                Cell(words.figure(quality["kl_p99"]), interval(ends.get("kl_p99"))),
+                Cell(percent(quality["top1_agreement"])),
+                Cell(percent(quality["flips"]), interval(ends.get("flips"), fraction=True)),
+                Cell(percent(quality.get("accuracy")), interval(ends.get("accuracy"), fraction=True)),
+                Cell(f"{words.count(quality['positions'])} in {words.count(quality['items'])} items"),
+            )
+        )
+    columns = ("", "Perplexity", "NLL, nats", "KL mean, nats", "KL 99th perc., nats", "Same top token", "Flips",
+               "Accuracy", "Positions")  # fmt: skip
+    reason = (baseline or {}).get("accuracy_reason", "")
+    note = f"Accuracy was not measured: {reason}." if reason else ""
+    return Table("Quality", columns, tuple(rows), note=note)
+
+
+def accuracy_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Accuracy by each label of the data, baseline beside targets."""
+    sides = {"baseline": (report.get("baseline") or {}).get("accuracy_by") or {}}
+    for name, target in report["targets"].items():
+        if target.get("quality"):
+            sides[name] = target["quality"].get("accuracy_by") or {}
+    tables = []
+    for label in dict.fromkeys(label for side in sides.values() for label in side):
+        values = dict.fromkeys(value for side in sides.values() for value in side.get(label, {}))
+        rows = tuple(
+            _cells(words.visible(value), *(percent(side.get(label, {}).get(value)) for side in sides.values()))
+            for value in values
+        )
+        tables.append(Table(f"Accuracy by {words.visible(label)}", (words.visible(label), *sides), rows))
+    return tables
+
+
+def speed_tables(targets: Mapping[str, Any]) -> list[Table]:
+    """One table a measured target: both sides and their ratio."""
+    return [_speed_table(name, target["speed"]) for name, target in targets.items() if target.get("speed")]
+
+
+def damage_table(name: str, damage: Sequence[Mapping[str, Any]]) -> Table:
+    """The weights that lowering hurt most."""
+
+    def kept(item: Mapping[str, Any]) -> float:
+        return 1.0 if item["delta_kept"] is None else float(item["delta_kept"])
+
+    rows: tuple[tuple[Cell, ...], ...]
+    worst = sorted(damage, key=lambda item: (kept(item), -item["relative_error"]))[:_WORST]
+    rows = tuple(
+        _cells(item["name"], item["type"], percent(item["relative_error"], 2), percent(item["delta_kept"]),
+             words.figure(item["delta_noise"]))
+        for item in worst
+    )  # fmt: skip
+    return Table(
+        f"Most damaged weights of {name}",
+        ("Weight", "Stored as", "Relative error", "Adapter's change kept", "Rounding / change"),
+        rows,
+    )
+
+
+def tokenizer_table(targets: Mapping[str, Any]) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for name, target in targets.items():
+        tokenizer = target.get("tokenizer")
+        if tokenizer is None:
+            continue
+        equal = tokenizer["user_text"] == "equal"
+        verdict = Cell(tokenizer["user_text"], tone="pass" if equal else "fail")
+        rows.append(_cells(name, "your own texts", "", verdict))
+        rows += [
+            _cells(name, item["class"], words.visible(item["text"]), item["consequence"])
+            for item in tokenizer["torture"]
+        ]
+    return Table("Tokenizer differences", ("Target", "Text", "Example", "Consequence"), tuple(rows))
+
+
+def inputs_table(report: Mapping[str, Any]) -> Table:
+    base, adapter, data = (report["inputs"].get(key) for key in ("base", "adapter", "data"))
+    what = f"{base['architecture']}, {words.parameters(base['parameters'])} parameters, {base['dtype']}"
+    rows = [("Base", str(base["name"]), f"{what}, {words.size(base['size_bytes'])}")]
+    if adapter:
+        rest = {key: value for key, value in adapter.items() if key != "name"}
+        rows.append(("Adapter", str(adapter.get("name", "")), _flat(rest)))
+    for name, about in (data or {}).items():
+        rows.append((f"Data: {name}", "", _flat(about)))
+    return Table("Inputs", ("", "", ""), tuple(_cells(*row) for row in rows))
+
+
+def facts_table(report: Mapping[str, Any]) -> Table:
+    """What each side ran on."""
+    sides = {"baseline": (report.get("baseline") or {}).get("facts") or {}}
+    sides.update({name: target.get("facts") or {} for name, target in report["targets"].items()})
+    sides = {name: facts for name, facts in sides.items() if facts}
+    keys = dict.fromkeys(key for facts in sides.values() for key in facts)
+    rows = tuple(_cells(key.replace("_", " "), *(_flat(facts.get(key)) for facts in sides.values())) for key in keys)
+    return Table("What they ran on", ("", *sides), rows)
+
+
+def machine_table(machine: Mapping[str, Any]) -> Table:
+    rows = []
+    for key, value in machine.items():
+        label, shown = key.replace("_", " "), _flat(value)
+        if key.endswith("_bytes"):
+            label, shown = label.removesuffix(" bytes"), words.size(value)
+        rows.append(_cells(label, shown))
+    return Table("Machine", ("", ""), tuple(rows))
+
+
+def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
+        _cells(
+            stage["name"],
+            words.duration(stage["seconds"]),
+            "used again" if stage.get("reused") else "",
+            stage.get("measured_at", ""),
+        )
+        for stage in stages
+    )
+    return Table("Stages", ("Stage", "Time", "From the cache", "Measured at"), rows)
+
+
+def _scale_rows(report: Mapping[str, Any]) -> list[tuple[Cell, ...]]:
+    """Rows for base alone, baseline and the merged checkpoint, which are no targets."""
+    rows = []
+    baseline, merge = report.get("baseline"), report.get("merge")
+    size = words.size(report["inputs"]["base"]["size_bytes"])
+    if baseline:
+        rows.append(("base alone", NONE, size, "0 %", NONE, NONE, percent(baseline["base"].get("accuracy")),
+                     *[NONE] * 4))  # fmt: skip
+        rows.append(("baseline: base + live adapter", NONE, size, "100 %", "0", "0 %",
+                     percent(baseline.get("accuracy")), "1 ×", "1 ×", "1 ×", "1 ×"))  # fmt: skip
+    if merge:
+        rows.append(("merged checkpoint", VERDICT_MARKS[merge.get("verdict", "pass")], size, NONE,
+                     words.figure(merge["rounding_kl"]), NONE, NONE, *[NONE] * 4))  # fmt: skip
+    return [tuple(Cell(text, tone="muted") for text in row) for row in rows]
+
+
+def _headline_row(name: str, target: Mapping[str, Any]) -> tuple[Cell, ...]:
+    error, quality, speed = (target.get(key) for key in ("error", "quality", "speed"))
+    if error:
+        return (Cell(name), Cell("✕ not built", error["code"], "fail"), *[Cell(NONE, tone="muted")] * 9)
+    size_ratio = target.get("size_ratio")
+    cells = [
+        Cell(name),
+        _verdict(target["verdict"]),
+        Cell(words.size(target.get("size_bytes")), f"{words.figure(size_ratio)} × smaller" if size_ratio else ""),
+    ]
+    if quality:
+        ends, kept = quality.get("intervals") or {}, quality.get("gain_kept")
+        cells += [
+            Cell(percent(kept["value"]), interval(kept, fraction=True)) if kept else _missing(),
+            Cell(words.figure(quality["kl_mean"]), interval(ends.get("kl_mean"))),
+            Cell(percent(quality["flips"]), interval(ends.get("flips"), fraction=True)),
+            Cell(percent(quality["accuracy"]), interval(ends.get("accuracy"), fraction=True))
+            if quality.get("accuracy") is not None
+            else _missing(),
+        ]
+    else:
+        cells += [_missing()] * 4
+    if speed:
+        levels = speed["qps_ratio"]
+        memory = speed["memory_ratio"]
+        cells += [
+            _ratio(speed["decode_ratio"]),
+            _ratio(speed["ttft_ratio"]),
+            Cell(
+                "\u00a0/\u00a0".join(words.figure(ratio["value"], 2) if ratio else NONE for ratio in levels.values())
+                + "\u00a0×",
+                "at " + " / ".join(levels),
+            ),
+            Cell(times(memory["value"]), words.size(speed["peak_rss_bytes"]))
+            if memory
+            else Cell(NONE, words.size(speed["peak_rss_bytes"])),
+        ]
+    else:
+        cells += [_missing()] * 4
+    return tuple(cells)
+
+
+def _speed_table(name: str, speed: Mapping[str, Any]) -> Table:
+    old = speed["baseline"]
+    rows: list[tuple[Cell, ...]] = []
+
+    def add(label: str, before: str, after: str, ratio: Mapping[str, Any] | None = None) -> None:
+        rows.append((Cell(label), Cell(before), Cell(after), _ratio(ratio) if ratio else Cell("")))
+
+    for label, key, ratio in (
+        ("Time to first token", "ttft_ms", "ttft_ratio"),
+        ("Between tokens", "itl_ms", "itl_ratio"),
+    ):
+        for percentile in ("p50", "p95", "p99"):
+            add(
+                f"{label}, {percentile}, ms",
+                words.figure(old[key][percentile]),
+                words.figure(speed[key][percentile]),
+                speed[ratio] if percentile == "p50" else None,
+            )
+    add("Decoding, tokens/s", words.figure(old["decode_tps"]), words.figure(speed["decode_tps"]), speed["decode_ratio"])
+    add("Prompt, tokens/s", words.figure(old["prefill_tps"]), words.figure(speed["prefill_tps"]))
+    for level, ratio in speed["qps_ratio"].items():
+        add(
+            f"Requests/s at {level} at a time",
+            words.figure(old["qps"].get(level)),
+            words.figure(speed["qps"].get(level)),
+            ratio,
+        )
+    for level in speed["qps_ratio"]:
+        add(
+            f"Tokens/s in all at {level} at a time",
+            words.figure(old["output_tps"].get(level)),
+            words.figure(speed["output_tps"].get(level)),
+        )
+    add("Opening", words.duration(old["load_s"]), words.duration(speed["load_s"]), speed["load_ratio"])
+    add("Peak memory", words.size(old["peak_rss_bytes"]), words.size(speed["peak_rss_bytes"]), speed["memory_ratio"])
+    add("Memory before opening", words.size(old["start_rss_bytes"]), words.size(speed["start_rss_bytes"]))
+    add("Failed requests", str(old["failures"]), str(speed["artifact_failures"]))
+    low, middle, high = speed["prompt_tokens"]
+    counts = ", ".join(f"{count} at {level}" for level, count in speed["requests"].items())
+    note = (
+        f"Scenario {speed['scenario']}: prompts of {low} to {high} tokens (median {middle}), {speed['new_tokens']} "
+        f"new tokens each, greedy, no stop token. {speed['rounds']} rounds, the two sides in turns; requests a side: "
+        f"{counts}. Warm-up of {speed['warmup']} requests a side left out. Percentiles: n = {speed['ttft_ms']['n']} "
+        f"first tokens, {speed['itl_ms']['n']} gaps, one request at a time. Threads: {old['threads']} and "
+        f"{speed['threads']}. Load average before: {words.figure(speed['load_average']['before'], 2)}."
+    )
+    return Table(f"Speed of {name}", ("", "Baseline", name, "× baseline"), tuple(rows), note=note)
+
+
+def _below(bound: float | None) -> str:
+    return NONE if bound is None else f"≤ {words.figure(bound)}"
+
+
+def _cells(*texts: str | Cell) -> tuple[Cell, ...]:
+    return tuple(text if isinstance(text, Cell) else Cell(text) for text in texts)
+
+
+def _ratio(ratio: Mapping[str, Any]) -> Cell:
+    return Cell(times(ratio["value"]), interval(ratio))
+
+
+def _verdict(verdict: str) -> Cell:
+    return Cell(VERDICT_MARKS[verdict], tone=verdict)
+
+
+def _missing() -> Cell:
+    return Cell(NOT_MEASURED, tone="muted")
+
+
+def _flat(value: Any) -> str:
+    """A fact as one line of text."""
+    if value is None or value in ([], {}):
+        return NONE
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_flat(item) for item in value)
+    return words.figure(value) if isinstance(value, float) else words.visible(str(value), 200)

@@ -1,0 +1,107 @@
+"""Figures as people read them. One function per unit; None is a dash."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+NONE = "–"
+METRIC_NAMES = {
+    "kl_mean": "KL, mean",
+    "kl_p99": "KL, 99th percentile",
+    "flips": "Flips",
+    "ppl_ratio": "Perplexity ratio",
+    "accuracy": "Accuracy",
+    "gain_kept": "Gain kept",
+}
+_FRACTIONS = {"flips", "accuracy", "gain_kept", "top1_agreement"}
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits, no exponent between 0.001 and 1e6."""
+    if value is None:
+        return NONE
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+    whole = math.floor(math.log10(abs(value))) + 1
+    return f"{value:.{max(0, digits - whole)}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage."""
+    return NONE if value is None else f"{value * 100:.{digits}f} %"
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    if value is None:
+        return NONE
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{figure(value / scale)} {unit}"
+    return f"{value:.0f} B"
+
+
+def count(value: int | None) -> str:
+    """A whole number with thin spaces between thousands."""
+    return NONE if value is None else f"{value:,}".replace(",", "\u202f")
+
+
+def parameters(value: int) -> str:
+    """A number of parameters, in millions or billions."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{figure(value / scale)} {unit}"
+    return str(value)
+
+
+def times(value: float | None) -> str:
+    """A ratio against the baseline."""
+    return NONE if value is None else f"{figure(value)} ×"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them."""
+    if seconds is None:
+        return NONE
+    if seconds < 60:
+        return f"{figure(seconds, 2)} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def interval(data: Mapping[str, Any] | None, fraction: bool = False) -> str:
+    """`[low, high]` of a 95 % interval; empty where there is none."""
+    if data is None or data.get("low") is None or data.get("high") is None:
+        return ""
+    if fraction:
+        return f"[{data['low'] * 100:.1f}, {data['high'] * 100:.1f}]"
+    return f"[{figure(data['low'])}, {figure(data['high'])}]"
+
+
+def metric(name: str, value: float | None) -> str:
+    """A gate's figure, in its own unit."""
+    if name in _FRACTIONS:
+        return percent(value)
+    return f"{figure(value)} nats" if name.startswith("kl") and value is not None else figure(value)
+
+
+def metric_interval(name: str, data: Mapping[str, Any]) -> str:
+    return interval(data, fraction=name in _FRACTIONS)
+
+
+def visible(text: str, limit: int = 60) -> str:
+    """`text` with everything that does not show (controls, format characters, lone marks) as its code point."""
+    shown = []
+    for character in text[:limit]:
+        kind = unicodedata.category(character)
+        hidden = kind in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Mn", "Me"} or (kind == "Zs" and character != " ")
+        shown.append(f"‹U+{ord(character):04X}›" if hidden else character)
+    return "".join(shown) + ("…" if len(text) > limit else "")

@@ -1,0 +1,228 @@
+"""One stage in a process of its own: both ends of the pipe.
+
+`python -m lora2edge.stage REQUEST.json` runs the stage that the request names, in whatever interpreter holds the
+libraries that it needs, and reports as JSON lines on standard output: progress, then one `result` or `error`.
+A process of its own gives each lowering and each measurement an honest peak memory, and lets backends whose
+pins exclude each other take part in one build.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from lora2edge.contracts import CheckpointRef, Progress
+from lora2edge.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, GateError, InputError, Lora2EdgeError
+
+# ---------------------------------------------------------------- the parent's end
+
+
+def run_stage(request: Mapping[str, Any], progress: Progress, python: str | None = None) -> dict[str, Any]:
+    """Runs `request` in a child process and returns its result.
+
+    Raises the child's own Lora2EdgeError; RuntimeError with the child's words when it dies of anything else.
+    Interrupting the parent ends the child.
+    """
+    with tempfile.TemporaryDirectory(prefix="lora2edge-") as folder:
+        path = Path(folder) / "request.json"
+        path.write_text(json.dumps(request), encoding="utf-8")
+        errors_path = Path(folder) / "stderr"
+        with errors_path.open("wb") as errors:
+            child = subprocess.Popen(
+                stage_command(path, python),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+            try:
+                assert child.stdout is not None
+                result = _follow(child.stdout, progress)
+                child.wait()
+            finally:
+                _end(child)
+        if result is None:
+            words = errors_path.read_text(encoding="utf-8", errors="replace")[-4000:]
+            raise RuntimeError(f"the {request['stage']} stage died with exit status {child.returncode}\n{words}")
+        return result
+
+
+def stage_command(request: Path, python: str | None = None) -> list[str]:
+    """The command line that runs the request file."""
+    return [python or sys.executable, "-m", "lora2edge.stage", str(request)]
+
+
+def _follow(lines: IO[str], progress: Progress) -> dict[str, Any] | None:
+    """Passes progress on until the child's result; None when its output ends without one."""
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a library's own words
+        match event.get("event"):
+            case "start":
+                progress.start(event["what"], event["total"], event["unit"])
+            case "advance":
+                progress.advance(event["amount"])
+            case "finish":
+                progress.finish()
+            case "result":
+                result: dict[str, Any] = event["result"]
+                return result
+            case "error":
+                kind = GateError if event["exit_code"] == GateError.exit_code else InputError
+                raise kind(event["code"], event["what"], why=event["why"], hint=event["hint"])
+            case _:
+                continue
+    return None
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Makes sure that the child is gone."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    if child.stdout:
+        child.stdout.close()
+
+
+# ---------------------------------------------------------------- the child's end
+
+
+def main(argv: list[str]) -> int:
+    """Runs the request file `argv[0]`; returns the exit status."""
+    from lora2edge.bench.worker import read_memory
+    from lora2edge.progress import JsonLines
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    if request["stage"] == "session":
+        _session(request)
+    # What libraries print must not get between the JSON lines: standard output becomes standard error for them.
+    reply = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        stages = {"lower": _lower, "measure": _measure}
+        started = time.monotonic()
+        result = stages[request["stage"]](request, JsonLines(reply))
+        result["seconds"] = time.monotonic() - started
+        result["cpu_seconds"] = time.process_time()
+        result["peak_rss_bytes"] = read_memory()["peak_rss_bytes"]
+        _reply(reply, {"event": "result", "result": result})
+        return EXIT_OK
+    except Lora2EdgeError as error:
+        _reply(reply, {"event": "error", "exit_code": error.exit_code, **error.as_dict()})
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _lower(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Lowers the checkpoint into the empty folder `out`, and compares the finished file with it."""
+    from dataclasses import asdict
+
+    from lora2edge.adapters import open_view
+    from lora2edge.backends.base import load_backend
+    from lora2edge.calibration import open_calibration
+    from lora2edge.target import Target
+
+    target = Target.model_validate(request["target"])
+    checkpoint = open_view(CheckpointRef.from_json(request["checkpoint"]))
+    backend = load_backend(target.backend)
+    out = Path(request["out"])
+    calibration = open_calibration(Path(request["calibration"])) if request["calibration"] else None
+    lowered = backend.lower(checkpoint, target, calibration, out, progress)
+    damage = backend.damage(checkpoint, out, progress)
+    return {
+        "versions": dict(lowered.versions),
+        "notes": dict(lowered.notes),
+        "damage": [asdict(tensor) for tensor in damage],
+    }
+
+
+def _measure(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Quality of an artifact against the recorded baseline."""
+    from dataclasses import asdict
+
+    from lora2edge.backends.base import load_backend
+    from lora2edge.quality import measure_quality, open_reference
+    from lora2edge.target import Target
+
+    target = Target.model_validate(request["target"])
+    reference = open_reference(Path(request["reference"]))
+    session = load_backend(target.backend).open(
+        Path(request["artifact"]),
+        target,
+        device=request["device"],
+        threads=request["threads"],
+        slots=request["slots"],
+        max_length=request["max_length"],
+    )
+    try:
+        quality = measure_quality(session, reference, seed=request["seed"], progress=progress)
+        return {"quality": quality, "facts": asdict(session.facts)}
+    finally:
+        session.close()
+
+
+def _session(request: Mapping[str, Any]) -> NoReturn:
+    """Serves an opened session to the benchmark in the parent process."""
+    from lora2edge.bench.worker import serve_stdio
+    from lora2edge.contracts import Session
+
+    def open_session() -> Session:
+        if request["kind"] == "baseline":
+            from lora2edge.backends.hf import open_baseline
+
+            return open_baseline(
+                request["base"],
+                request["adapter"],
+                dtype=request["dtype"],
+                device=request["device"],
+                threads=request["threads"],
+                slots=request["slots"],
+                max_length=request["max_length"],
+            )
+        from lora2edge.backends.base import load_backend
+        from lora2edge.target import Target
+
+        target = Target.model_validate(request["target"])
+        return load_backend(target.backend).open(
+            Path(request["artifact"]),
+            target,
+            device=request["device"],
+            threads=request["threads"],
+            slots=request["slots"],
+            max_length=request["max_length"],
+        )
+
+    serve_stdio(open_session)
+
+
+def _reply(stream: IO[str], event: Mapping[str, Any]) -> None:
+    stream.write(json.dumps(event) + "\n")
+    stream.flush()
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Native runtimes may hang or crash in their exit handlers; everything is written by now.
+    os._exit(status if status is not None else EXIT_BUG)

@@ -1,0 +1,178 @@
+"""Each stage as a verb of its own: merge, lower, measure, bench, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora2edge.adapters import read_adapter
+from lora2edge.artifact import lower_here, open_artifact
+from lora2edge.bench.machine import describe
+from lora2edge.cache import Cache
+from lora2edge.checkpoint import open_checkpoint
+from lora2edge.contracts import Artifact, Progress
+from lora2edge.errors import InputError
+from lora2edge.pipeline import Pipeline
+from lora2edge.plan import Plan, plan_build
+from lora2edge.quality import judge
+from lora2edge.recipe import Recipe, load_recipe
+from lora2edge.target import Target, load_target
+from lora2edge.texts import Renderer, Texts, load_calibration, load_texts
+
+
+def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: Progress) -> dict[str, Any]:
+    """Writes the merged checkpoint to the folder `out`, whole or not at all.
+
+    With `prove`, the merge is first compared with the live adapter on the recipe's data. Raises ProofError.
+    """
+    if prove and recipe.data is None:
+        raise InputError("no-data", "--prove needs text", why="it compares on it", hint="--prove --data FILE.jsonl")
+    plan = plan_build(recipe, [load_target("hf/merged")], out=out, force=force)
+    result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors)}
+    if prove:
+        result["merge"] = Pipeline(plan, Cache(), progress).prove(_calibration_texts(plan)).result
+    lower_here(plan.merged, plan.targets[0], None, out, progress)
+    checks = plan.merged.checks
+    return {**result, "adapted": len(checks), "worst_formula_error": max(checks.values(), default=0.0)}
+
+
+def lower_all(recipe: Recipe, *, force: bool, progress: Progress) -> list[dict[str, Any]]:
+    """Writes each target's artifact under `recipe.out`; nothing is proved or measured."""
+    if not recipe.out or not recipe.targets:
+        raise InputError("missing-option", "--out and --target must be given", hint="lora2edge lower --help")
+    out = Path(recipe.out)
+    plan = plan_build(recipe, out=out, force=force)
+    pipeline = Pipeline(plan, Cache(), progress)
+    calibration = pipeline.calibrate(_calibration_texts(plan)) if recipe.data is not None else None
+    rows = []
+    for target in plan.targets:
+        folder = out / "artifacts" / target.folder
+        lowered = pipeline.lower(target, calibration, folder)
+        rows.append(
+            {
+                "target": target.name,
+                "artifact": str(folder),
+                "size_bytes": open_artifact(folder).size_bytes,
+                "reused": lowered.reused,
+                "seconds": lowered.result["seconds"],
+                "cpu_seconds": lowered.result["cpu_seconds"],
+                "peak_rss_bytes": lowered.result["peak_rss_bytes"],
+            }
+        )
+    return rows
+
+
+def measure_artifact(path: Path, options: dict[str, Any], *, progress: Progress) -> dict[str, Any]:
+    """Quality of the artifact in `path`, and the verdict of its target's gates."""
+    artifact, plan = _plan_for(path, options)
+    (target,) = plan.targets
+    pipeline, texts = Pipeline(plan, Cache(), progress), _texts(plan)
+    reference = pipeline.record_baseline(texts)
+    measured = pipeline.measure(target, artifact.path, reference, texts)
+    gates, verdict = judge(target, measured.result["quality"])
+    return {
+        "artifact": str(path),
+        "target": target.name,
+        "verdict": verdict,
+        "gates": gates,
+        "quality": measured.result["quality"],
+        "facts": measured.result["facts"],
+        "baseline": reference.result,
+        "size_bytes": artifact.size_bytes,
+        "reused": measured.reused,
+        "measured_at": measured.measured_at,
+    }
+
+
+def bench_artifact(path: Path, options: dict[str, Any], scenarios: list[str], *, progress: Progress) -> dict[str, Any]:
+    """Speed of the artifact in `path` beside its baseline's."""
+    artifact, plan = _plan_for(path, options, scenarios)
+    (target,) = plan.targets
+    measured = Pipeline(plan, Cache(), progress).bench(target, artifact.path, _texts(plan))
+    return {
+        "artifact": str(path),
+        "target": target.name,
+        "scenarios": measured.result["scenarios"],
+        "machine": describe(),
+        "reused": measured.reused,
+        "measured_at": measured.measured_at,
+    }
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What the folder `path` holds: an artifact, an adapter or a checkpoint. Reads no weight."""
+    if (path / "manifest.json").exists():
+        artifact = open_artifact(path)
+        manifest = artifact.manifest
+        return {
+            "kind": "artifact",
+            "target": manifest.target,
+            "backend": manifest.backend,
+            "task": manifest.task,
+            "size_bytes": artifact.size_bytes,
+            "files": dict(manifest.files),
+            "versions": dict(manifest.versions),
+            "notes": dict(manifest.notes),
+        }
+    if (path / "adapter_config.json").exists():
+        adapter = read_adapter(path)
+        return {"kind": "adapter", "base": adapter.base_model_name_or_path, **adapter.describe()}
+    checkpoint = open_checkpoint(path)
+    dtypes: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
+    return {
+        "kind": "checkpoint",
+        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
+        "task": checkpoint.task,
+        "parameters": sum(tensor.size for tensor in checkpoint.tensors.values()),
+        "tensors": len(checkpoint.tensors),
+        "dtypes": dtypes,
+        "files": sorted(checkpoint.tokenizer.files),
+    }
+
+
+def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None = None) -> tuple[Artifact, Plan]:
+    """The artifact and a plan for it: base, adapter and data from its build's recipe, where none are given."""
+    artifact = open_artifact(path)
+    resolved = path.resolve().parent.parent / "recipe.resolved.yaml"
+    recipe = load_recipe(resolved if resolved.exists() else None, options)
+    if recipe.data is None:
+        raise InputError(
+            "no-data", "there is no text to measure on", why=f"{resolved} does not exist", hint="--data FILE.jsonl"
+        )
+    stored = dict(artifact.manifest.options)
+    if scenarios:
+        stored["scenarios"] = scenarios
+    target = Target.model_validate(stored)
+    plan = plan_build(recipe, [target])
+    if artifact.manifest.inputs["model"] != plan.merged.file_hashes():
+        raise InputError(
+            "other-model",
+            f"{path} was made from another base or adapter",
+            why="the sha256 of the files in its manifest differ from those given",
+            hint="name the ones that it was made from: --base DIR --adapter DIR",
+        )
+    return artifact, plan
+
+
+def _texts(plan: Plan) -> Texts:
+    assert plan.recipe.data is not None
+    return load_texts(
+        plan.recipe.data,
+        Renderer(plan.merged.tokenizer),
+        max_length=plan.max_length,
+        calibration_tokens=plan.calibration_tokens,
+        test_tokens=plan.recipe.tokens,
+    )
+
+
+def _calibration_texts(plan: Plan) -> Texts:
+    """All of the data, for the stages that measure nothing on held-out text."""
+    assert plan.recipe.data is not None
+    return load_calibration(
+        plan.recipe.data,
+        Renderer(plan.merged.tokenizer),
+        max_length=plan.max_length,
+        calibration_tokens=plan.calibration_tokens,
+    )

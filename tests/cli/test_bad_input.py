@@ -1,0 +1,201 @@
+"""Bad input: one clear error each, exit code 2, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.cli.conftest import Model, Outcome
+from tests.tiny import make_adapter, make_checkpoint
+
+Run = Callable[..., Outcome]
+
+
+def refused(outcome: Outcome, code: str, out: Path) -> str:
+    """Asserts on the one error, and that nothing was written to `out`; returns its text."""
+    assert outcome.code == 2, outcome
+    assert outcome.err.count("error[") == 1, outcome.err
+    assert f"error[{code}]" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert "hint:" in outcome.err
+    assert not out.exists() or not any(out.iterdir())
+    return outcome.err
+
+
+def build(run: Run, model: Model, out: Path, *options: str | Path, base: Path | None = None, adapter: Path | None = None) -> Outcome:  # fmt: skip  # noqa: E501
+    return run(
+        "build", "--base", base or model.base, "--adapter", adapter or model.adapter, "--target", "gguf/q8_0",
+        "--data", model.data, "--out", out, *options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def adapter(model: Model, tmp_path: Path) -> Path:
+    """A copy of the adapter that a test may break."""
+    return Path(shutil.copytree(model.adapter, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def base(model: Model, tmp_path: Path) -> Path:
+    """A copy of the base that a test may break."""
+    return Path(shutil.copytree(model.base, tmp_path / "base"))
+
+
+def change_tensors(folder: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def test_adapter_for_another_base(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", hidden=128)
+    refused(build(lora2edge, model, out, base=other), "adapter-other-base", out)
+
+
+def test_missing_shard(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
+    sharded = make_checkpoint(tmp_path / "sharded", hidden=256, intermediate=256, shards=2)
+    victim = sorted(sharded.glob("model-*.safetensors"))[-1]
+    victim.unlink()
+    assert victim.name in refused(build(lora2edge, model, out, base=sharded), "missing-shard", out)
+
+
+def test_truncated_safetensors(lora2edge: Run, model: Model, out: Path, base: Path) -> None:
+    path = base / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    refused(build(lora2edge, model, out, base=base), "truncated-safetensors", out)
+
+
+def test_wrong_shape(lora2edge: Run, model: Model, out: Path, adapter: Path) -> None:
+    change_tensors(adapter, lambda name, x: x[:, :-8].copy() if "layers.1.self_attn.q_proj.lora_A" in name else x)
+    text = refused(build(lora2edge, model, out, adapter=adapter), "adapter-shape", out)
+    assert "248" in text and "256" in text
+
+
+def test_nan(lora2edge: Run, model: Model, out: Path, adapter: Path) -> None:
+    change_tensors(adapter, lambda name, x: np.full_like(x, np.nan) if "layers.0.mlp.up_proj.lora_B" in name else x)
+    assert "layers.0.mlp.up_proj" in refused(build(lora2edge, model, out, adapter=adapter), "adapter-nan", out)
+
+
+def test_pickle(lora2edge: Run, model: Model, out: Path, adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert "safetensors" in refused(build(lora2edge, model, out, adapter=adapter), "adapter-pickle", out)
+
+
+def test_unknown_target(lora2edge: Run, model: Model, out: Path) -> None:
+    outcome = lora2edge(
+        "build", "--base", model.base, "--adapter", model.adapter, "--target", "gguf/q4km", "--data", model.data, "--out", out
+    )  # fmt: skip
+    assert "gguf/q4_k_m" in refused(outcome, "unknown-target", out)
+
+
+def test_unknown_target_key(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    target.write_text("name: mine\nbackend: gguf\nprecision: q8_0\nquantisation: x\ngates: {kl: {max: 1}}\n")
+    outcome = lora2edge(
+        "build", "--base", model.base, "--adapter", model.adapter, "--target", target, "--data", model.data, "--out", out
+    )  # fmt: skip
+    text = refused(outcome, "target-keys", out)
+    assert "quantisation" in text and "gates.kl" in text
+
+
+def test_unknown_option_key(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    target.write_text("name: mine\nbackend: gguf\nprecision: q8_0\noptions: {imatrx: true}\n")
+    outcome = lora2edge(
+        "build", "--base", model.base, "--adapter", model.adapter, "--target", target, "--data", model.data, "--out", out
+    )  # fmt: skip
+    assert "imatrix" in refused(outcome, "gguf-option", out)
+
+
+def test_unsupported_architecture(lora2edge: Run, model: Model, out: Path, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    config["architectures"], config["model_type"] = ["FalconForCausalLM"], "falcon"
+    (base / "config.json").write_text(json.dumps(config))
+    assert "FalconForCausalLM" in refused(build(lora2edge, model, out, base=base), "gguf-architecture", out)
+
+
+def test_vocabulary_larger_than_embedding(lora2edge: Run, model: Model, out: Path, base: Path) -> None:
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 99_999, "content": "<|more|>"})
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = refused(build(lora2edge, model, out, base=base), "vocabulary", out)
+    assert "100000" in text.replace(",", "").replace(" ", "")
+
+
+def test_out_not_ours(lora2edge: Run, model: Model, out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    outcome = build(lora2edge, model, out)
+    assert outcome.code == 2 and "error[out-not-ours]" in outcome.err and "--force" in outcome.err
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_bad_data_line(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "response": "b"}\n{"question": "c"}\n')
+    outcome = lora2edge(
+        "build", "--base", model.base, "--adapter", model.adapter, "--target", "gguf/q8_0", "--data", data, "--out", out
+    )  # fmt: skip
+    assert f"{data}:2" in refused(outcome, "bad-line", out)
+
+
+def test_all_problems_at_once(lora2edge: Run, model: Model, out: Path, adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    outcome = lora2edge(
+        "build", "--base", model.base, "--adapter", adapter, "--target", "gguf/q9", "--data", "nowhere.jsonl", "--out", out
+    )  # fmt: skip
+    assert outcome.code == 2
+    for code in ("adapter-pickle", "unknown-target", "no-data"):
+        assert f"error[{code}]" in outcome.err
+
+
+def test_error_as_json(lora2edge: Run, model: Model, out: Path) -> None:
+    outcome = lora2edge("build", "--base", model.base, "--target", "gguf/q9", "--out", out, "--json")
+    assert outcome.code == 2
+    assert json.loads(outcome.out)["error"]["code"] == "unknown-target"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not Path("/dev/full").exists(), reason="needs Linux")
+def test_full_disk(model: Model, tmp_path: Path) -> None:
+    """A file system of 64 KiB, in a namespace of its own so that no rights are needed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=64k none {disk} || exit 77; "
+        f"{sys.executable} -m lora2edge merge --base {model.base} --adapter {model.adapter} --out {disk}/out; "
+        f"code=$?; ls -A {disk}; exit $code"
+    )
+    done = subprocess.run(["unshare", "--mount", "--user", "--map-root-user", "sh", "-c", script], capture_output=True, text=True)  # fmt: skip  # noqa: E501
+    if done.returncode in (1, 77) and "error[" not in done.stderr:
+        pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
+    assert done.returncode == 2, done.stderr
+    assert "error[disk-full]" in done.stderr
+    assert done.stdout == ""
+
+
+def test_read_only_folder(model: Model, tmp_path: Path) -> None:
+    """A read-only file system, as root writes into a folder without the right to."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o ro none {disk} || exit 77; "
+        f"{sys.executable} -m lora2edge merge --base {model.base} --adapter {model.adapter} --out {disk}/out"
+    )
+    done = subprocess.run(["unshare", "--mount", "--user", "--map-root-user", "sh", "-c", script], capture_output=True, text=True)  # fmt: skip  # noqa: E501
+    if done.returncode in (1, 77) and "error[" not in done.stderr:
+        pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
+    assert done.returncode == 2, done.stderr
+    assert "error[read-only]" in done.stderr
