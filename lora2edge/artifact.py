@@ -70,7 +70,7 @@ def write_manifest(
         task=view.task,
         key=key,
         inputs={"model": view.file_hashes(), "calibration": calibration},
-        options=target.model_dump(mode="json"),
+        options=_portable(target),
         versions=dict(lowered["versions"]),
         files={name: sha256_file(path) for name, path in files.items()},
         notes=dict(lowered["notes"]),
@@ -86,6 +86,13 @@ def lower_here(
         lowered = load_backend(target.backend).lower(view, target, calibration, partial, progress)
         facts = {"versions": lowered.versions, "notes": lowered.notes}
         write_manifest(partial, view, target, facts, key="", calibration=None)
+
+
+def _portable(target: Target) -> dict[str, Any]:
+    """The target without this machine's paths: its interpreter, and scenarios that are the user's own files."""
+    options = target.model_dump(mode="json", exclude={"python"})
+    options["scenarios"] = [name for name in target.scenarios if not name.endswith((".yaml", ".yml"))]
+    return options
 
 
 def read_record(path: Path) -> dict[str, Any]:

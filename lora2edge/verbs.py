@@ -116,7 +116,8 @@ def inspect(path: Path) -> dict[str, Any]:
         }
     if (path / "adapter_config.json").exists():
         adapter = read_adapter(path)
-        return {"kind": "adapter", "base": adapter.base_model_name_or_path, **adapter.describe()}
+        facts = adapter.describe()
+        return {**facts, "kind": "adapter", "method": facts["kind"], "base": adapter.base_model_name_or_path}
     checkpoint = open_checkpoint(path)
     dtypes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
@@ -142,8 +143,7 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
             "no-data", "there is no text to measure on", why=f"{resolved} does not exist", hint="--data FILE.jsonl"
         )
     stored = dict(artifact.manifest.options)
-    if scenarios:
-        stored["scenarios"] = scenarios
+    stored["scenarios"] = scenarios or stored["scenarios"] or ["chat"]
     target = Target.model_validate(stored)
     plan = plan_build(recipe, [target])
     if artifact.manifest.inputs["model"] != plan.merged.file_hashes():

@@ -228,6 +228,14 @@ def merge(base: StoredCheckpoint, adapters: Sequence[Adapter]) -> MergedCheckpoi
 
 def open_view(ref: CheckpointRef) -> MergedCheckpoint:
     """The view that `ref` describes, opened again, e.g. in another process."""
+    for adapter in ref.adapters:
+        if adapter.weight != 1.0:
+            raise AdapterError(
+                "adapter-weight",
+                f"the adapter has the weight {adapter.weight}, only 1 can be merged",
+                why="a weighted adapter is another model than the one that was trained",
+                hint="leave the weight out",
+            )
     return merge(open_checkpoint(ref.base), [read_adapter(adapter.path) for adapter in ref.adapters])
 
 

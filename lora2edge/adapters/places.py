@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora2edge.adapters.read import Adapter, LowRank
+from lora2edge.adapters.read import Adapter, LowRank, is_saved
 from lora2edge.checkpoint import StoredCheckpoint, TensorReader, embedding_name, head_name
 from lora2edge.contracts import TensorInfo
 from lora2edge.errors import AdapterError
@@ -69,6 +69,7 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     """
     _check_task(base, adapter)
     ends = _ends(base)
+    _check_saved(base, adapter, ends)
     misfits: list[str] = []
     whole: dict[str, str] = {}
     for path, tensor in adapter.replaced.items():
@@ -160,6 +161,19 @@ def _fit_pair(base: StoredCheckpoint, adapter: Adapter, ends: _Ends, pair: LowRa
         f"{pair.module}: lora_A {list(a)} and lora_B {list(b)} make {list(product)}, the base has {list(wanted)}"
     )
     return None
+
+
+def _check_saved(base: StoredCheckpoint, adapter: Adapter, ends: _Ends) -> None:
+    """PEFT passes over an entry that the model has no module for: for classifiers it lists two names of the head."""
+    for entry in adapter.config.get("modules_to_save") or []:
+        known = any(is_saved(path, [entry]) for path in (*base.tensors, ends.head))
+        if known and not any(is_saved(path, [entry]) for path in (*adapter.saved, *adapter.replaced)):
+            raise AdapterError(
+                "adapter-incomplete",
+                f"modules_to_save names {entry!r}, the file holds no weight of it",
+                why="adapter_model.safetensors and adapter_config.json are not from the same save",
+                hint="save the adapter again",
+            )
 
 
 def _share(adapter: Adapter, ends: _Ends, whole: dict[str, str]) -> None:
@@ -260,8 +274,15 @@ def _check_task(base: StoredCheckpoint, adapter: Adapter) -> None:
 
 
 def _other_base(adapter: Adapter, misfits: list[str]) -> AdapterError:
-    """One error for all that does not fit."""
+    """One error for all that does not fit. Where most of it fits, the base is right and the adapter is broken."""
     parts = len(adapter.pairs) + len(adapter.saved) + len(adapter.replaced)
+    if 2 * len(misfits) < parts:
+        return AdapterError(
+            "adapter-shape",
+            f"{len(misfits)} of the adapter's {parts} parts do not fit the base, the others do",
+            why="; ".join(misfits[:3]),
+            hint="fetch or save the adapter again; if the base was changed since, give the one it was trained on",
+        )
     more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
     name = adapter.base_model_name_or_path
     return AdapterError(

@@ -162,7 +162,7 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
             sides.setdefault((low_rank["module"], bool(low_rank["embedding"])), {})[low_rank["side"]] = name
         elif path.endswith(".base_layer.weight"):
             replaced[path.replace(".base_layer.", ".")] = name
-        elif _is_saved(path, saved_modules):
+        elif is_saved(path, saved_modules):
             saved[path] = name
         elif path.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
             replaced[path] = name
@@ -170,7 +170,6 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
             strangers.append(name)
     if strangers:
         raise _unused(strangers)
-    _check_saved(saved_modules, saved, replaced)
     pairs = {module: _pair(config, reader, module, embedding, found) for (module, embedding), found in sides.items()}
     if len(pairs) != len(sides) or any(f"{module}.weight" in saved for module in pairs):
         raise AdapterError(
@@ -229,21 +228,10 @@ def _pattern_value(config: Mapping[str, Any], key: str, module: str, default: An
     return default
 
 
-def _is_saved(path: str, entries: list[str]) -> bool:
+def is_saved(path: str, entries: list[str]) -> bool:
     """PEFT's rule: a module whose path ends with an entry is saved whole, with everything inside it."""
     parts = path.split(".")
     return any(".".join(parts[:end]).endswith(entry) for end in range(1, len(parts)) for entry in entries)
-
-
-def _check_saved(entries: list[str], saved: Mapping[str, str], replaced: Mapping[str, str]) -> None:
-    for entry in entries:
-        if not any(_is_saved(path, [entry]) for path in (*saved, *replaced)):
-            raise AdapterError(
-                "adapter-incomplete",
-                f"modules_to_save names {entry!r}, the file holds no weight of it",
-                why=f"{WEIGHTS} and {CONFIG} are not from the same save",
-                hint="save the adapter again",
-            )
 
 
 def _check_finite(reader: TensorReader) -> None:

@@ -131,9 +131,7 @@ def _memory_limit(root: Path) -> tuple[int | None, int]:
         limit = "".join(_lines(folder / "memory.max")) or "".join(_lines(folder / "memory.limit_in_bytes"))
         if not limit.isdigit() or int(limit) >= total:  # "max", or version 1's huge number
             continue
-        used = (
-            "".join(_lines(folder / "memory.current")) or "".join(_lines(folder / "memory.usage_in_bytes")) or "0"
-        )
+        used = "".join(_lines(folder / "memory.current")) or "".join(_lines(folder / "memory.usage_in_bytes")) or "0"
         # The page cache counts as used, but gives way.
         stat = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat"))
         cache = int(stat.get("inactive_file", stat.get("total_inactive_file", "0")))

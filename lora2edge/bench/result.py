@@ -104,8 +104,7 @@ def summarize_side(
         itl_ms=percentiles(itl),
         decode_tps=float(percentiles([record.decode_tps for record in alone])["p50"] or 0.0),
         prefill_tps=float(
-            percentiles([record.prompt_tokens * 1000 / max(record.ttft_ms, 1e-6) for record in alone])["p50"]
-            or 0.0
+            percentiles([record.prompt_tokens * 1000 / max(record.ttft_ms, 1e-6) for record in alone])["p50"] or 0.0
         ),
         qps=qps,
         output_tps=output_tps,
@@ -149,9 +148,7 @@ def compare(
         baseline=baseline,
         decode_ratio=ratio_of_rounds([_paired(pair, "decode_tps", better_is_higher=True) for pair in alone]),
         ttft_ratio=ratio_of_rounds([_paired(pair, "ttft_ms", better_is_higher=False) for pair in alone]),
-        itl_ratio=ratio_of_rounds(
-            [_median_itl(pair["baseline"]) / _median_itl(pair["artifact"]) for pair in alone]
-        ),
+        itl_ratio=ratio_of_rounds([_median_itl(pair["baseline"]) / _median_itl(pair["artifact"]) for pair in alone]),
         qps_ratio=qps_ratio,
         memory_ratio=_memory_ratio(baseline, artifact),
         load_ratio=Ratio(baseline.load_s / max(artifact.load_s, 1e-9), None, None),

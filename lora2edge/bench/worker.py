@@ -86,9 +86,7 @@ def read_memory() -> dict[str, int | None]:
     """
     status = Path("/proc/self/status")
     lines = dict(line.partition(":")[::2] for line in status.read_text().splitlines()) if status.exists() else {}
-    return {
-        name: int(lines[field].split()[0]) * 1024 if field in lines else None for name, field in _FIELDS.items()
-    }
+    return {name: int(lines[field].split()[0]) * 1024 if field in lines else None for name, field in _FIELDS.items()}
 
 
 def _obey(session: Session, requests_in: TextIO, reply: Callable[[str, Mapping[str, Any]], None]) -> int:

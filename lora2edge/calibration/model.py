@@ -7,6 +7,7 @@ import copy
 import io
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +76,7 @@ def torch_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' notes and bars off the terminal: its errors still come through."""
+    """Keeps the libraries' notes, warnings and bars off the terminal: their errors still come through."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -83,7 +84,8 @@ def quiet() -> Iterator[None]:
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(before)

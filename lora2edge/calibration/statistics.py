@@ -91,10 +91,9 @@ class _Recorder:
             module = next((owners[place] for place in view.module_names(name) if place in owners), None)
             if module is None:
                 continue
-            counts[name] = self.counts[id(module)]
-            total = self.sums[id(module)]
+            counts[name] = self.counts.get(id(module), 0)
             if counts[name]:
-                means[name] = (total / counts[name]).cpu().numpy().astype(np.float32)
+                means[name] = (self.sums[id(module)] / counts[name]).cpu().numpy().astype(np.float32)
         return means, counts
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 RESAMPLES = 10_000
 PERCENTILE_RESAMPLES = 1_000
 """Of the 99th percentile, which has to sort every position's weight."""
+LEAST_GAIN = 1e-4
+"""Nats per token, 0.01 % of perplexity: a smaller gain cannot be told from float32 noise, nor a share of it."""
 _CHUNK = 500
 
 
@@ -82,7 +84,7 @@ def gain_kept(base_nll: Float64Array, divergence: Divergence, seed: int) -> tupl
     bought = gain(base_nll, divergence.nll_reference, divergence.count, seed)
     if bought.low is None:
         return None, "one item is too few for an interval"
-    if bought.low <= 0:
+    if bought.low <= LEAST_GAIN:
         return None, (
             f"on this text the adapter's gain is {bought.value:.4f} nats per token, and its 95 % interval "
             f"({bought.low:.4f} to {bought.high:.4f}) reaches 0: a share of it means nothing"

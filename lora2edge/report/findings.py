@@ -82,14 +82,17 @@ def _of_the_build(report: Mapping[str, Any]) -> Iterator[Finding]:
 def _of_a_target(name: str, target: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Finding]:
     error = target.get("error")
     if error:
-        yield Finding("fail", name, _sentences(error["what"], error.get("why", ""), error.get("hint", "")))
+        yield Finding("fail", name, _sentences(error["what"], error.get("why", ""), _try(error.get("hint", ""))))
         return
     yield from _of_gates(name, target)
     quality = target.get("quality")
     if quality is None:
         yield Finding("warn", name, _sentences("Quality was not measured", target.get("quality_reason", "")))
     else:
-        yield from _of_quality(name, quality, report.get("baseline") or {})
+        told = any(gate["metric"] == "gain_kept" and gate["value"] is None for gate in target.get("gates", []))
+        if quality.get("gain_kept") is None and not told:
+            yield Finding("warn", name, _sentences("No gain kept", quality.get("gain_kept_reason", "")))
+        yield from _of_accuracy(name, quality, report.get("baseline") or {})
     yield from _of_tokenizer(name, target.get("tokenizer"))
     yield from _of_damage(name, target.get("damage") or [])
     yield from _of_speed(name, target)
@@ -108,17 +111,18 @@ def _of_gates(name: str, target: Mapping[str, Any]) -> Iterator[Finding]:
         tone: Tone = "fail" if gate["verdict"] == "fail" and gate["action"] == "fail" else "warn"
         how = "misses" if gate["verdict"] == "fail" else "may or may not meet"
         label = words.METRIC_NAMES.get(gate["metric"], gate["metric"])
-        value = words.metric(gate["metric"], gate["value"])
-        ends = words.metric_interval(gate["metric"], gate)
-        bare = gate["value"] is None
-        text = f"{label} was not measured" if bare else f"{label} {value} {ends} {how} the bound {gate['bound']}"
+        if gate["value"] is None:
+            text = f"{label} was not measured"
+        else:
+            figure = words.metric(gate["metric"], gate["value"])
+            ends = words.metric_interval(gate["metric"], gate)
+            bound = words.bound(gate["metric"], gate["bound"])
+            text = f"{label} {figure}{ends and ' '}{ends} {how} the bound {bound}"
         after = " (this gate only warns)" if gate["action"] == "warn" else ""
-        yield Finding(tone, name, _sentences(" ".join(text.split()) + after, gate.get("reason", "")))
+        yield Finding(tone, name, _sentences(text + after, gate.get("reason", "")))
 
 
-def _of_quality(name: str, quality: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterator[Finding]:
-    if quality.get("gain_kept") is None:
-        yield Finding("warn", name, _sentences("No gain kept", quality.get("gain_kept_reason", "")))
+def _of_accuracy(name: str, quality: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterator[Finding]:
     for label, values in (quality.get("accuracy_by") or {}).items():
         before = (baseline.get("accuracy_by") or {}).get(label, {})
         fallen = [
@@ -134,12 +138,13 @@ def _of_quality(name: str, quality: Mapping[str, Any], baseline: Mapping[str, An
 def _of_tokenizer(name: str, tokenizer: Mapping[str, Any] | None) -> Iterator[Finding]:
     if tokenizer is None:
         return
-    if tokenizer["user_text"] != "equal":
-        yield Finding("fail", name, f"The tokenizer differs on your own texts: {tokenizer['user_text']}.")
-    if tokenizer["torture"]:
-        kinds = sorted({item["class"] for item in tokenizer["torture"]})
+    kinds = [item["kind"] for item in tokenizer["differences"] if not item["mended"]]
+    if kinds:
         yield Finding(
-            "note", name, f"The tokenizer differs on rare texts ({', '.join(kinds)}): see Tokenizer differences."
+            "note",
+            name,
+            f"The runtime's tokenizer differs on awkward texts ({', '.join(kinds)}): see Tokenizer. "
+            f"All {tokenizer['own_texts']} of your own were equal.",
         )
 
 
@@ -190,5 +195,10 @@ def _of_speed(name: str, target: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _sentences(*parts: str) -> str:
-    """The non-empty parts, each ended by a full stop."""
-    return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part)
+    """The non-empty parts, each with a capital letter and a full stop."""
+    ended = (part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part)
+    return " ".join(part[0].upper() + part[1:] for part in ended)
+
+
+def _try(hint: str) -> str:
+    return f"Try: {hint}" if hint else ""

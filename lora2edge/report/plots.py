@@ -12,8 +12,8 @@ from lora2edge.report.svg import WIDTH, Canvas, Scale, linear, logarithmic, spre
 
 _FLOOR_KL = 1e-9
 """Where a divergence of zero is drawn on a logarithmic axis."""
-_LABEL = 7.2
-"""Pixels a character, roughly, of a label."""
+_LABEL = 8.0
+"""Pixels a character, roughly, of a label at the size that phones get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def draw_damage_plots(name: str, damage: Sequence[Mapping[str, Any]]) -> list[Pl
             damage,
             "relative_error",
             "Rounding error by layer",
-            "‖Q − W‖ / ‖W‖. Darker is worse; hover for the figure.",
+            "‖Q − W‖ / ‖W‖. Stronger colour is worse; each map has its own scale.",
         )
     ]
     if any(item["delta_kept"] is not None for item in damage):
@@ -115,7 +115,7 @@ def _kl_against_size(report: Mapping[str, Any]) -> Plot:
         for dot in dots
     ]  # fmt: skip
     values = [value for dot in dots for value in (dot.value, dot.low, dot.high) if value is not None]
-    canvas = _scatter(dots, logarithmic(values, 234, 14), lambda value: words.figure(value, 1), "KL against size")
+    canvas = _scatter(dots, logarithmic(values, 234, 14), words.tick, "KL against size")
     return Plot(
         "Divergence against size",
         canvas.to_svg(),
@@ -175,11 +175,10 @@ def _scatter(
     canvas = Canvas(284, title)
     left, right, bottom = 58, WIDTH - 14, 240
     # Room at the right, so that names stand right of their dots.
-    x = linear([dot.x for dot in dots], left, right - 74, zero=True)
+    x = linear([dot.x for dot in dots], left, right - 90, zero=True)
     giga = name.endswith("MB") and x.high > 2000
-    ticks = [words.figure(tick / 1000 if giga else tick) for tick in x.ticks()]
-    canvas.axis_x(x, 14, bottom, name.replace("MB", "GB") if giga else name, ticks)
-    canvas.line(left, bottom, right, bottom, "axis")
+    ticks = [words.tick(tick / 1000 if giga else tick) for tick in x.ticks()]
+    canvas.axis_x(x, 14, bottom, name.replace("MB", "GB") if giga else name, ticks, right)
     canvas.axis_y(y, left, right, [label(tick) for tick in y.ticks()])
     if reference is not None:
         canvas.line(left, y(reference), right, y(reference), "reference")
@@ -251,7 +250,7 @@ def _ratios(measured: Mapping[str, Any], series: Mapping[str, int]) -> Plot:
     canvas = Canvas(bottom + 48, "Ratios against the baseline")
     _legend(canvas, [(name, f"fill s{series[name] % 8}") for name in names])
     x = logarithmic([*(end for end in ends if end is not None), 1.0], 112, WIDTH - 16)
-    canvas.axis_x(x, top, bottom, "× baseline, logarithmic", [words.figure(tick, 2) for tick in x.ticks()])
+    canvas.axis_x(x, top, bottom, "× baseline, logarithmic", [words.tick(tick) for tick in x.ticks()])
     canvas.line(x(1.0), top, x(1.0), bottom, "reference")
     for place, (label, ratios) in enumerate(rows):
         middle = top + pitch * (place + 0.5)
@@ -281,7 +280,7 @@ def _qps(measured: Mapping[str, Any], series: Mapping[str, int]) -> Plot:
     canvas = Canvas(bottom + 48, "Requests per second by concurrency")
     _legend(canvas, [(name, css) for name, css, _ in bars])
     y = linear([value for _, _, qps in bars for value in qps.values()], bottom, top, zero=True)
-    canvas.axis_y(y, 46, WIDTH - 8, [words.figure(tick, 2) for tick in y.ticks()])
+    canvas.axis_y(y, 46, WIDTH - 8, [words.tick(tick) for tick in y.ticks()])
     group = (WIDTH - 60) / len(levels)
     width = min(group * 0.8 / len(bars), 44)
     for place, level in enumerate(levels):
@@ -312,7 +311,7 @@ def _latency(measured: Mapping[str, Any], series: Mapping[str, int], key: str, t
     _legend(canvas, [(name, f"fill {css}") for name, css, _ in lines])
     x = logarithmic([max(value, 1e-3) for _, _, values in lines for value in values], 46, WIDTH - 12)
     y = Scale(0.0, 1.0, bottom, top)
-    canvas.axis_x(x, top, bottom, "milliseconds, logarithmic", [words.figure(tick, 2) for tick in x.ticks()])
+    canvas.axis_x(x, top, bottom, "milliseconds, logarithmic", [words.tick(tick) for tick in x.ticks()])
     canvas.axis_y(y, 46, WIDTH - 12, [f"{tick * 100:.0f} %" for tick in y.ticks()])
     for name, css, values in lines:
         points = [(x(value), y(share)) for value, share in steps(values)]

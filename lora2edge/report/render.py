@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,4 +146,4 @@ def _for_markdown(text: str) -> str:
     """`text` so that a cell stays one cell and nothing in it is markup."""
     for mark in ("\\", "|", "*", "_", "`", "<", "[", "]"):
         text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    return re.sub(r"[ \t\r\n\f\v]+", " ", text).strip()

@@ -57,15 +57,13 @@ class BaseInput(_Strict):
 class AdapterInput(_Strict):
     name: str
     kind: str
-    """lora, rslora, dora, …"""
-    rank: int | None
-    """None where it differs from tensor to tensor."""
+    """LoRA, rsLoRA, …"""
+    rank: int | list[int]
+    """All of them where it differs from tensor to tensor."""
     tensors: int
     """Tensors in the adapter's file, all of which found their place."""
     adapted: int
     """Weights of the base that they change."""
-    delta_norm: float | None = None
-    """‖ΔW‖ / ‖W‖ over the adapted weights, Frobenius."""
 
 
 class DataInput(_Strict):
@@ -214,17 +212,23 @@ class Lowering(_Strict):
 
 
 class TokenizerDifference(_Strict):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    """One class of awkward texts that the artifact's bare runtime tokenizes in another way."""
 
-    kind: str = Field(alias="class")
-    text: str
+    kind: str
+    texts: list[str]
+    """Names of the texts."""
+    mended: bool
+    """Whether lora2edge's own sessions are free of it."""
     consequence: str
 
 
 class TokenizerResult(_Strict):
-    user_text: str
-    """"equal" where every rendered item of the user's data gives the same ids, else how they differ."""
-    torture: list[TokenizerDifference] = Field(default_factory=list)
+    """A difference on one of the user's own texts is an error, so all of those were equal."""
+
+    own_texts: int
+    probes: int
+    """Awkward texts that were tried."""
+    differences: list[TokenizerDifference]
 
 
 class Damage(_Strict):

@@ -99,12 +99,14 @@ class Canvas:
         corners = " ".join(f"{x + dx:g},{y + dy:g}" for dx, dy in reaches[shape])
         self._shapes.append(f'<polygon points="{corners}" class="{css}">{_tip(tip)}</polygon>')
 
-    def axis_x(self, scale: Scale, top: float, bottom: float, name: str, labels: Sequence[str]) -> None:
-        """Grid lines at the scale's ticks, their labels below, the axis's name under them."""
+    def axis_x(
+        self, scale: Scale, top: float, bottom: float, name: str, labels: Sequence[str], right: float | None = None
+    ) -> None:
+        """Grid lines at the scale's ticks, their labels below, the axis's name under them; the line ends at `right`."""
         for tick, label in zip(scale.ticks(), labels, strict=True):
             self.line(scale(tick), top, scale(tick), bottom, "grid")
             self.text(scale(tick), bottom + 16, label, "tick", "middle")
-        self.line(scale.start, bottom, scale.stop, bottom, "axis")
+        self.line(scale.start, bottom, right or scale.stop, bottom, "axis")
         self.text((scale.start + scale.stop) / 2, bottom + 34, name, "name", "middle")
 
     def axis_y(self, scale: Scale, left: float, right: float, labels: Sequence[str]) -> None:

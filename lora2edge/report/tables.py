@@ -47,8 +47,9 @@ def headline_table(report: Mapping[str, Any]) -> Table:
         "",
         columns,
         tuple(rows),
-        note="Decode, first token, requests per second (at 1 / 2 / 4 requests at a time, as measured) and memory are "
-        "× baseline: above 1 is better. Small figures are 95 % intervals. KL in nats per token against the baseline.",
+        note="Baseline: base + live adapter. Decode, first token, requests per second (at so many requests at a "
+        "time) and memory are × baseline: above 1 is better. Small figures are 95 % intervals. KL in nats per "
+        "token against the baseline.",
         key="headline",
     )
 
@@ -80,7 +81,7 @@ def gates_table(targets: Mapping[str, Any]) -> Table:
             Cell(name),
             Cell(words.METRIC_NAMES.get(gate["metric"], gate["metric"])),
             Cell(words.metric(gate["metric"], gate["value"]), words.metric_interval(gate["metric"], gate)),
-            Cell(gate["bound"]),
+            Cell(words.bound(gate["metric"], gate["bound"])),
             _verdict(gate["verdict"]),
             Cell("fails the build" if gate["action"] == "fail" else "warns"),
             Cell(gate.get("reason", "")),
@@ -149,18 +150,73 @@ def accuracy_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def speed_tables(targets: Mapping[str, Any]) -> list[Table]:
-    """One table a measured target: both sides and their ratio."""
-    return [_speed_table(name, target["speed"]) for name, target in targets.items() if target.get("speed")]
+    """One table a measured target and scenario: both sides and their ratio."""
+    return [
+        speed_table(name, speed)
+        for name, target in targets.items()
+        if target.get("speed")
+        for speed in (target.get("scenarios") or {"": target["speed"]}).values()
+    ]
+
+
+def speed_table(name: str, speed: Mapping[str, Any]) -> Table:
+    """Both sides of one measurement, and their ratios."""
+    old = speed["baseline"]
+    rows: list[tuple[Cell, ...]] = []
+
+    def add(label: str, before: str, after: str, ratio: Mapping[str, Any] | None = None) -> None:
+        rows.append((Cell(label), Cell(before), Cell(after), _ratio(ratio) if ratio else Cell("")))
+
+    for label, key, ratio in (
+        ("Time to first token", "ttft_ms", "ttft_ratio"),
+        ("Between tokens", "itl_ms", "itl_ratio"),
+    ):
+        for percentile in ("p50", "p95", "p99"):
+            add(
+                f"{label}, {percentile}, ms",
+                words.figure(old[key][percentile]),
+                words.figure(speed[key][percentile]),
+                speed[ratio] if percentile == "p50" else None,
+            )
+    add("Decoding, tokens/s", words.figure(old["decode_tps"]), words.figure(speed["decode_tps"]), speed["decode_ratio"])
+    add("Prompt, tokens/s", words.figure(old["prefill_tps"]), words.figure(speed["prefill_tps"]))
+    for level, ratio in speed["qps_ratio"].items():
+        add(
+            f"Requests/s at {level} at a time",
+            words.figure(old["qps"].get(level)),
+            words.figure(speed["qps"].get(level)),
+            ratio,
+        )
+    for level in speed["qps_ratio"]:
+        add(
+            f"Tokens/s in all at {level} at a time",
+            words.figure(old["output_tps"].get(level)),
+            words.figure(speed["output_tps"].get(level)),
+        )
+    add("Opening", words.duration(old["load_s"]), words.duration(speed["load_s"]), speed["load_ratio"])
+    add("Peak memory", words.size(old["peak_rss_bytes"]), words.size(speed["peak_rss_bytes"]), speed["memory_ratio"])
+    add("Memory before opening", words.size(old["start_rss_bytes"]), words.size(speed["start_rss_bytes"]))
+    add("Failed requests", str(old["failures"]), str(speed["artifact_failures"]))
+    low, middle, high = speed["prompt_tokens"]
+    counts = ", ".join(f"{count} at {level}" for level, count in speed["requests"].items())
+    note = (
+        f"Scenario {speed['scenario']}: prompts of {low} to {high} tokens (median {middle}), {speed['new_tokens']} "
+        f"new tokens each, greedy, no stop token. {speed['rounds']} rounds, the two sides in turns; requests a side: "
+        f"{counts}. Warm-up of {speed['warmup']} requests a side left out. Percentiles: n = {speed['ttft_ms']['n']} "
+        f"first tokens, {speed['itl_ms']['n']} gaps, one request at a time. Threads: {old['threads']} and "
+        f"{speed['threads']}. Load average before: {words.figure(speed['load_average']['before'], 2)}."
+    )
+    return Table(f"Speed of {name}", ("", "Baseline", name, "× baseline"), tuple(rows), note=note)
 
 
 def damage_table(name: str, damage: Sequence[Mapping[str, Any]]) -> Table:
     """The weights that lowering hurt most."""
 
-    def kept(item: Mapping[str, Any]) -> float:
-        return 1.0 if item["delta_kept"] is None else float(item["delta_kept"])
+    def lost(item: Mapping[str, Any]) -> float:
+        return 0.0 if item["delta_kept"] is None else abs(1 - item["delta_kept"])
 
     rows: tuple[tuple[Cell, ...], ...]
-    worst = sorted(damage, key=lambda item: (kept(item), -item["relative_error"]))[:_WORST]
+    worst = sorted(damage, key=lambda item: (-lost(item), -item["relative_error"]))[:_WORST]
     rows = tuple(
         _cells(item["name"], item["type"], percent(item["relative_error"], 2), percent(item["delta_kept"]),
              words.figure(item["delta_noise"]))
@@ -179,14 +235,14 @@ def tokenizer_table(targets: Mapping[str, Any]) -> Table:
         tokenizer = target.get("tokenizer")
         if tokenizer is None:
             continue
-        equal = tokenizer["user_text"] == "equal"
-        verdict = Cell(tokenizer["user_text"], tone="pass" if equal else "fail")
-        rows.append(_cells(name, "your own texts", "", verdict))
-        rows += [
-            _cells(name, item["class"], words.visible(item["text"]), item["consequence"])
-            for item in tokenizer["torture"]
-        ]
-    return Table("Tokenizer differences", ("Target", "Text", "Example", "Consequence"), tuple(rows))
+        own = f"{words.count(tokenizer['own_texts'])} of your own"
+        rows.append(_cells(name, own, "", Cell("✓ same token ids", tone="pass")))
+        if not tokenizer["differences"]:
+            rows.append(_cells(name, f"{tokenizer['probes']} awkward ones", "", Cell("✓ same token ids", tone="pass")))
+        for item in tokenizer["differences"]:
+            mended = "Not in lora2edge's own sessions. " if item["mended"] else ""
+            rows.append(_cells(name, item["kind"], ", ".join(item["texts"]), f"{mended}{item['consequence']}"))
+    return Table("", ("Target", "Texts", "Which", "Found"), tuple(rows))
 
 
 def inputs_table(report: Mapping[str, Any]) -> Table:
@@ -240,10 +296,12 @@ def _scale_rows(report: Mapping[str, Any]) -> list[tuple[Cell, ...]]:
     baseline, merge = report.get("baseline"), report.get("merge")
     size = words.size(report["inputs"]["base"]["size_bytes"])
     if baseline:
-        rows.append(("base alone", NONE, size, "0 %", NONE, NONE, percent(baseline["base"].get("accuracy")),
-                     *[NONE] * 4))  # fmt: skip
-        rows.append(("baseline: base + live adapter", NONE, size, "100 %", "0", "0 %",
-                     percent(baseline.get("accuracy")), "1 ×", "1 ×", "1 ×", "1 ×"))  # fmt: skip
+        # Without a gain there is nothing that these two could be the ends of.
+        gained = (baseline["gain"] or {}).get("low") or 0
+        none, all_ = ("0\u00a0%", "100\u00a0%") if gained > 0 else (NONE, NONE)
+        before, after = (percent(side.get("accuracy")) for side in (baseline["base"], baseline))
+        rows.append(("base alone", NONE, size, none, NONE, NONE, before, *[NONE] * 4))
+        rows.append(("baseline", NONE, size, all_, "0", "0\u00a0%", after, *["1\u00a0×"] * 4))
     if merge:
         rows.append(("merged checkpoint", VERDICT_MARKS[merge.get("verdict", "pass")], size, NONE,
                      words.figure(merge["rounding_kl"]), NONE, NONE, *[NONE] * 4))  # fmt: skip
@@ -290,55 +348,6 @@ def _headline_row(name: str, target: Mapping[str, Any]) -> tuple[Cell, ...]:
     else:
         cells += [_missing()] * 4
     return tuple(cells)
-
-
-def _speed_table(name: str, speed: Mapping[str, Any]) -> Table:
-    old = speed["baseline"]
-    rows: list[tuple[Cell, ...]] = []
-
-    def add(label: str, before: str, after: str, ratio: Mapping[str, Any] | None = None) -> None:
-        rows.append((Cell(label), Cell(before), Cell(after), _ratio(ratio) if ratio else Cell("")))
-
-    for label, key, ratio in (
-        ("Time to first token", "ttft_ms", "ttft_ratio"),
-        ("Between tokens", "itl_ms", "itl_ratio"),
-    ):
-        for percentile in ("p50", "p95", "p99"):
-            add(
-                f"{label}, {percentile}, ms",
-                words.figure(old[key][percentile]),
-                words.figure(speed[key][percentile]),
-                speed[ratio] if percentile == "p50" else None,
-            )
-    add("Decoding, tokens/s", words.figure(old["decode_tps"]), words.figure(speed["decode_tps"]), speed["decode_ratio"])
-    add("Prompt, tokens/s", words.figure(old["prefill_tps"]), words.figure(speed["prefill_tps"]))
-    for level, ratio in speed["qps_ratio"].items():
-        add(
-            f"Requests/s at {level} at a time",
-            words.figure(old["qps"].get(level)),
-            words.figure(speed["qps"].get(level)),
-            ratio,
-        )
-    for level in speed["qps_ratio"]:
-        add(
-            f"Tokens/s in all at {level} at a time",
-            words.figure(old["output_tps"].get(level)),
-            words.figure(speed["output_tps"].get(level)),
-        )
-    add("Opening", words.duration(old["load_s"]), words.duration(speed["load_s"]), speed["load_ratio"])
-    add("Peak memory", words.size(old["peak_rss_bytes"]), words.size(speed["peak_rss_bytes"]), speed["memory_ratio"])
-    add("Memory before opening", words.size(old["start_rss_bytes"]), words.size(speed["start_rss_bytes"]))
-    add("Failed requests", str(old["failures"]), str(speed["artifact_failures"]))
-    low, middle, high = speed["prompt_tokens"]
-    counts = ", ".join(f"{count} at {level}" for level, count in speed["requests"].items())
-    note = (
-        f"Scenario {speed['scenario']}: prompts of {low} to {high} tokens (median {middle}), {speed['new_tokens']} "
-        f"new tokens each, greedy, no stop token. {speed['rounds']} rounds, the two sides in turns; requests a side: "
-        f"{counts}. Warm-up of {speed['warmup']} requests a side left out. Percentiles: n = {speed['ttft_ms']['n']} "
-        f"first tokens, {speed['itl_ms']['n']} gaps, one request at a time. Threads: {old['threads']} and "
-        f"{speed['threads']}. Load average before: {words.figure(speed['load_average']['before'], 2)}."
-    )
-    return Table(f"Speed of {name}", ("", "Baseline", name, "× baseline"), tuple(rows), note=note)
 
 
 def _below(bound: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -32,9 +33,14 @@ def figure(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - whole)}f}"
 
 
+def tick(value: float) -> str:
+    """A round figure of an axis."""
+    return f"{value:.6g}".replace("e-0", "e-").replace("e+0", "e")
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction as a percentage."""
-    return NONE if value is None else f"{value * 100:.{digits}f} %"
+    return NONE if value is None else f"{value * 100:.{digits}f}\u00a0%"
 
 
 def size(value: float | None) -> str:
@@ -62,7 +68,7 @@ def parameters(value: int) -> str:
 
 def times(value: float | None) -> str:
     """A ratio against the baseline."""
-    return NONE if value is None else f"{figure(value)} ×"
+    return NONE if value is None else f"{figure(value)}\u00a0×"
 
 
 def duration(seconds: float | None) -> str:
@@ -91,6 +97,13 @@ def metric(name: str, value: float | None) -> str:
     if name in _FRACTIONS:
         return percent(value)
     return f"{figure(value)} nats" if name.startswith("kl") and value is not None else figure(value)
+
+
+def bound(name: str, text: str) -> str:
+    """A gate's bound, "≥ 0.95", in the unit that its figure is shown in."""
+    if name not in _FRACTIONS:
+        return text
+    return re.sub(r"\d[\d.]*(e-?\d+)?", lambda found: f"{float(found.group()) * 100:g}\u00a0%", text)
 
 
 def metric_interval(name: str, data: Mapping[str, Any]) -> str:

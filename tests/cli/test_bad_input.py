@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.cli.conftest import Model, Outcome
-from tests.tiny import make_adapter, make_checkpoint
+from tests.tiny import make_checkpoint
 
 Run = Callable[..., Outcome]
 
@@ -75,7 +75,7 @@ def test_truncated_safetensors(lora2edge: Run, model: Model, out: Path, base: Pa
     path = base / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    refused(build(lora2edge, model, out, base=base), "truncated-safetensors", out)
+    refused(build(lora2edge, model, out, base=base), "bad-safetensors", out)
 
 
 def test_wrong_shape(lora2edge: Run, model: Model, out: Path, adapter: Path) -> None:
@@ -131,7 +131,7 @@ def test_vocabulary_larger_than_embedding(lora2edge: Run, model: Model, out: Pat
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 99_999, "content": "<|more|>"})
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
-    text = refused(build(lora2edge, model, out, base=base), "vocabulary", out)
+    text = refused(build(lora2edge, model, out, base=base), "vocabulary-too-large", out)
     assert "100000" in text.replace(",", "").replace(" ", "")
 
 

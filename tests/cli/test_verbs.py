@@ -56,7 +56,7 @@ def test_merge_proves(lora2edge: Run, model: Model, tmp_path: Path) -> None:
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     proof = json.loads(outcome.out)["merge"]
-    assert proof["math_kl"] <= 1e-9 and proof["rounding_kl"] <= 1e-5
+    assert proof["math_kl"] <= 1e-9 and proof["rounding_kl"] <= proof["floor_kl"]
     assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size == 256
 
 

@@ -17,6 +17,7 @@ from lora2edge.recipe import DataFiles
 from lora2edge.texts import (
     ChatTemplate,
     Renderer,
+    load_calibration,
     load_texts,
     pieces,
     prompt_key,
@@ -144,7 +145,7 @@ def test_unusable_files(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             read_items(path)
         assert caught.value.code == code
-    with pytest.raises(DataError, match="latin.jsonl:2"):
+    with pytest.raises(DataError, match=r"latin\.jsonl:2"):
         read_items(latin)
 
 
@@ -195,7 +196,7 @@ def test_rendering_is_transformers_own(source: str, prompt: bool) -> None:
         ("{{ 1 / 0 }}", "chat-template-refused"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "chat-template-refused"),
         ("{{ messages.append(1) }}", "chat-template-refused"),
-        ("{{ raise_exception.__globals__ }}", "chat-template-refused"),
+        ("{{ raise_exception.__globals__.os }}", "chat-template-refused"),
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_refused(source: str, code: str) -> None:
@@ -277,15 +278,9 @@ def test_nfc_end_and_variables(bpe: Any, spm: Any, tmp_path: Path) -> None:
     # Gemma's turn ends with <end_of_turn> though its tokenizer's eos is <eos>.
     assert spm[1].end_ids == tuple(spm[0].convert_tokens_to_ids(["<end_of_turn>", "<eos>"]))
     assert spm[1].variables["bos_token"] == "<bos>"
-    files = saved(bpe_tokenizer(), tmp_path)
+    saved(bpe_tokenizer(), tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [757, 5]}')
-    with_generation = Renderer(TokenizerFiles(tokenizer_files(tmp_path)))
-    assert set(with_generation.end_ids) == {*renderer.end_ids, 757, 5}
-    assert files.files.keys() <= with_generation_files(tmp_path)
-
-
-def with_generation_files(folder: Path) -> set[str]:
-    return set(tokenizer_files(folder))
+    assert Renderer(TokenizerFiles(tokenizer_files(tmp_path))).end_ids == (*renderer.end_ids, 757, 5)
 
 
 def test_missing_and_broken_tokenizers(tmp_path: Path) -> None:
@@ -312,7 +307,7 @@ def test_a_sample_is_prompt_and_response_up_to_the_end_marker(bpe: Any, spm: Any
 
 def test_a_template_that_writes_past_turns_differently(tmp_path: Path) -> None:
     """The prompt opens a thinking block that a finished turn does not have."""
-    source = CHATML.replace("assistant\\n{% endif %}", "assistant\\n<think>\\n{% endif %}")
+    source = CHATML.replace("assistant\n{%", "assistant\n<think>\n{%")
     renderer = Renderer(saved(bpe_tokenizer(), tmp_path, source))
     sample = renderer.sample(item("why?", "because"))
     assert renderer.decode(sample.ids[: sample.prompt_length]).endswith("<think>\n")
@@ -350,7 +345,9 @@ def test_a_date_in_the_template_does_not_change_a_sample(tmp_path: Path) -> None
 
 
 def load(data: Any, renderer: Renderer, **changes: int) -> Any:
-    return load_texts(data, renderer, **{"max_length": 400, "calibration_tokens": 10**6, "test_tokens": 10**6, **changes})
+    return load_texts(
+        data, renderer, **{"max_length": 400, "calibration_tokens": 10**6, "test_tokens": 10**6, **changes}
+    )
 
 
 def test_one_file_is_split_and_repeats_are_dropped(bpe: Any, tmp_path: Path) -> None:
@@ -393,6 +390,14 @@ def test_long_samples_are_left_out_and_counted(bpe: Any, tmp_path: Path) -> None
     with pytest.raises(DataError, match="no calibration sample") as caught:
         load(str(path), bpe[1], max_length=4)
     assert "longer than 4 tokens" in caught.value.why
+
+
+def test_all_of_the_data_where_nothing_is_measured(bpe: Any, tmp_path: Path) -> None:
+    path = make_data(tmp_path / "d.jsonl", 30)
+    texts = load_calibration(str(path), bpe[1], max_length=400, calibration_tokens=10**6)
+    assert len(texts.calibration) == 30 and texts.test == []
+    with pytest.raises(DataError, match="no calibration sample"):
+        load_calibration(str(path), bpe[1], max_length=4, calibration_tokens=10**6)
 
 
 def test_samples_are_read_back(bpe: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ item and maps a file to read it; with a vocabulary of 150 thousand tokens that c
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -50,10 +51,7 @@ class Stored:
 
 def tensor_bytes(type_name: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of that type."""
-    rows = 1
-    for length in shape[:-1]:
-        rows *= length
-    return rows * row_bytes(type_name, shape[-1])
+    return math.prod(shape[:-1]) * row_bytes(type_name, shape[-1])
 
 
 def padding(size: int) -> int:
@@ -83,7 +81,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     with path.open("rb") as file:
         try:
             return _read_header(file, path)
-        except (struct.error, KeyError, UnicodeDecodeError) as error:
+        except (struct.error, KeyError, ValueError, OverflowError) as error:
             raise CheckpointError("gguf-broken", f"{path} cannot be read as GGUF", why=repr(error)) from error
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.backends.gguf.architectures import Planned, layer_of
 from lora2edge.backends.gguf.container import Stored, read_header
 from lora2edge.backends.gguf.mix import TYPES, row_bytes
+from lora2edge.backends.gguf.model import Planned, layer_of
 from lora2edge.backends.gguf.write import Slab, in_order, read_slab, slabs, transformed
 from lora2edge.contracts import Checkpoint, Progress, TensorDamage
 from lora2edge.errors import CheckpointError

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora2edge.backends.gguf.architectures import Planned
 from lora2edge.backends.gguf.container import Metadata, padding, write_header
 from lora2edge.backends.gguf.mix import TYPES
+from lora2edge.backends.gguf.model import Planned
 from lora2edge.contracts import Calibration
 from lora2edge.errors import DataError
 

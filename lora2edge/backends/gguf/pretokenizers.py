@@ -83,8 +83,10 @@ def _steps(stored: Mapping[str, Any]) -> Iterator[str]:
         elif kind == "ByteLevel" and index == len(parts) - 1 and not part.get("add_prefix_space"):
             if part.get("use_regex", True):
                 yield _GPT_2
+            return
         else:
             yield f"unknown {kind}"
+    yield "no byte level"
 
 
 def _split(part: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ Memory is bounded by the slabs in flight, not by the model.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,10 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lora2edge.backends.gguf.architectures import Planned
 from lora2edge.backends.gguf.container import Metadata, padding, tensor_bytes, write_header
 from lora2edge.backends.gguf.imatrix import Importance
 from lora2edge.backends.gguf.mix import TYPES, row_bytes
+from lora2edge.backends.gguf.model import Planned
 from lora2edge.contracts import Checkpoint, Progress
 from lora2edge.errors import CheckpointError
 
@@ -59,10 +60,7 @@ class Slab:
 
     @property
     def size(self) -> int:
-        elements = self.stop - self.start
-        for length in self.tensor.shape[1:]:
-            elements *= length
-        return elements
+        return (self.stop - self.start) * math.prod(self.tensor.shape[1:])
 
 
 def cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,23 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     if rows is not None and rows != int(model.get_input_embeddings().weight.shape[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
-        with quiet():
-            return PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        with quiet(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            live = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise AdapterError(
             "adapter-not-loaded", f"PEFT cannot put {adapter} on the base", why=str(error)[:2000]
         ) from error
+    # PEFT starts a layer whose tensors are missing as if it had never been trained, and only warns.
+    missing = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
+    if missing:
+        raise AdapterError(
+            "adapter-incomplete",
+            f"{adapter} lacks tensors that its adapter_config.json promises",
+            why=missing[0][:2000],
+            hint="copy the adapter again; adapter_model.safetensors and adapter_config.json must be of one training",
+        )
+    return live
 
 
 def _saved_vocabulary(adapter: Path) -> int | None:

@@ -11,12 +11,22 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 from lora2edge.adapters import merge, open_view, read_adapter, written_config
 from lora2edge.backends.hf.write import write_checkpoint
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.contracts import CheckpointRef
+from lora2edge.contracts import AdapterRef, CheckpointRef
 from lora2edge.errors import AdapterError, CheckpointError, ProofError
 from lora2edge.progress import SILENT
 from tests.tiny import CHATML, bpe_tokenizer, make_adapter, make_checkpoint, randomize, shake_adapter
@@ -29,9 +39,7 @@ FLOAT32_NOISE = 2e-4
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     root = tmp_path_factory.mktemp("bases")
-    return {
-        tied: make_checkpoint(root / f"tied-{tied}", "qwen2", dtype="float32", tied=tied) for tied in (True, False)
-    }
+    return {tied: make_checkpoint(root / f"tied-{tied}", "qwen2", dtype="float32", tied=tied) for tied in (True, False)}
 
 
 def write_merged(base: Path, adapter: Path, out: Path) -> Any:
@@ -89,9 +97,7 @@ UNTIES = {
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_answers_like_the_live_adapter(
-    kind: str, tied: bool, bases: dict[bool, Path], tmp_path: Path
-) -> None:
+def test_merged_answers_like_the_live_adapter(kind: str, tied: bool, bases: dict[bool, Path], tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", bases[tied], **KINDS[kind])
     view = assert_same_as_live(bases[tied], adapter, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -146,6 +152,33 @@ def test_conv1d_stores_the_weight_the_other_way(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "fan_in_fan_out": False}))
     assert_same_as_live(base, tmp_path / "adapter", tmp_path / "again")
+
+
+@pytest.mark.parametrize("arch", ["bert", "qwen2"])
+def test_classifiers(arch: str, tmp_path: Path) -> None:
+    """PEFT saves the classification head whole, under one of the two names that it lists."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    if arch == "bert":
+        model = BertForSequenceClassification(BertConfig(vocab_size=768, num_labels=3, **shape))
+    else:
+        config = Qwen2Config(vocab_size=768, num_labels=3, num_key_value_heads=2, pad_token_id=0, **shape)
+        model = Qwen2ForSequenceClassification(config)
+    randomize(model, 0)
+    model.save_pretrained(tmp_path / "base")
+    bpe_tokenizer().save_pretrained(tmp_path / "base")
+    targets = ["query", "value", "dense"] if arch == "bert" else ["q_proj", "up_proj"]
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="SEQ_CLS"))
+    shake_adapter(peft)
+    peft.save_pretrained(tmp_path / "adapter")
+    view = write_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert view.task == "sequence-classification"
+    reload = AutoModelForSequenceClassification.from_pretrained
+    with torch.no_grad():
+        live = PeftModel.from_pretrained(reload(tmp_path / "base"), tmp_path / "adapter").eval()(IDS).logits
+        merged = reload(tmp_path / "out").eval()(IDS).logits
+        plain = reload(tmp_path / "base").eval()(IDS).logits
+    assert (live - plain).abs().max() > 0.05
+    assert (live - merged).abs().max() < FLOAT32_NOISE
 
 
 def test_fan_in_fan_out_on_linear_layers_is_overridden_as_in_peft(bases: dict[bool, Path], tmp_path: Path) -> None:
@@ -235,6 +268,12 @@ def test_reference_opens_the_same_view(bases: dict[bool, Path], tmp_path: Path) 
     assert {"base/model.safetensors", "base/tokenizer.json", "adapter/adapter_model.safetensors"} <= set(hashes)
 
 
+def test_weighted_reference_is_refused(bases: dict[bool, Path]) -> None:
+    with pytest.raises(AdapterError, match=r"weight 0\.5") as error:
+        open_view(CheckpointRef(str(bases[True]), (AdapterRef("adapter", 0.5),)))
+    assert error.value.code == "adapter-weight"
+
+
 def test_retraining_changes_the_fingerprint(bases: dict[bool, Path], tmp_path: Path) -> None:
     prints = []
     for seed in (1, 2):
@@ -291,8 +330,8 @@ def test_another_base_is_refused_with_shapes_and_name(bases: dict[bool, Path], t
     with pytest.raises(AdapterError) as error:
         merge(open_checkpoint(other), [read_adapter(adapter)])
     assert error.value.code == "adapter-other-base"
-    assert "[64, 64]" in error.value.why
-    assert "[96, 96]" in error.value.why
+    assert "[64, 128]" in error.value.why
+    assert "[96, 192]" in error.value.why
     assert str(bases[True]) in error.value.hint
     phi = make_checkpoint(tmp_path / "phi", "phi3")
     with pytest.raises(AdapterError, match="10 of the adapter's 14 parts") as error:
@@ -306,6 +345,15 @@ def test_resized_vocabulary_is_refused_with_both_numbers(bases: dict[bool, Path]
     with pytest.raises(AdapterError, match="768 rows in the adapter, 704 in the base") as error:
         merge(open_checkpoint(smaller), [read_adapter(adapter)])
     assert error.value.code == "adapter-resized-vocabulary"
+
+
+def test_saved_module_without_weights(bases: dict[bool, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases[True])
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": ["lm_head"]}))
+    with pytest.raises(AdapterError, match="'lm_head', the file holds no weight of it") as error:
+        merge(open_checkpoint(bases[True]), [read_adapter(adapter)])
+    assert error.value.code == "adapter-incomplete"
 
 
 def test_tying_that_contradicts_itself_is_refused(bases: dict[bool, Path], tmp_path: Path) -> None:

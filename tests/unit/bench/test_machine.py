@@ -32,17 +32,13 @@ def test_the_fingerprint_is_stable_and_free_of_the_load() -> None:
 
 
 def test_disk_of_a_folder_that_is_not_made_yet(tmp_path: Path) -> None:
-    assert machine.available(tmp_path / "a/b").disk_bytes == pytest.approx(
-        shutil.disk_usage(tmp_path).free, rel=0.05
-    )
+    assert machine.available(tmp_path / "a/b").disk_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
 
 
 def test_hyper_threads_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     for cpu in range(4):
-        write(
-            tmp_path, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 2},{cpu % 2 + 2}"
-        )
+        write(tmp_path, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 2},{cpu % 2 + 2}")
     assert machine._physical_cores(tmp_path) == 2
 
 

@@ -25,9 +25,7 @@ def test_the_interval_is_that_of_a_textbook() -> None:
     # logs 0, 1, 2: mean 1, standard error 1/sqrt(3), t(2) = 4.303
     ratio = ratio_of_rounds([1.0, np.e, np.e**2])
     assert ratio.low is not None and ratio.high is not None
-    assert np.log([ratio.low, ratio.value, ratio.high]) == pytest.approx(
-        [1 - 4.303 / 3**0.5, 1, 1 + 4.303 / 3**0.5]
-    )
+    assert np.log([ratio.low, ratio.value, ratio.high]) == pytest.approx([1 - 4.303 / 3**0.5, 1, 1 + 4.303 / 3**0.5])
 
 
 def test_one_round_has_no_interval() -> None:

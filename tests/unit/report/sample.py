@@ -25,7 +25,7 @@ def sample_report() -> dict[str, Any]:
     targets["gguf/q2_k"]["speed"] = None
     targets["gguf/q2_k"]["speed_reason"] = "--skip bench was given"
     targets["gguf/q2_k"]["peak_rss_bytes"] = None
-    targets["gguf/q2_k"]["tokenizer"] = {"user_text": "equal", "torture": []}
+    targets["gguf/q2_k"]["tokenizer"] = {"own_texts": 1452, "probes": 41, "differences": []}
     targets["gguf/q8_0"]["reused"] = {"lower": True, "quality": True, "speed": False}
     targets["gguf/q8_0"]["measured_at"]["quality"] = "2026-11-20T17:02:11+00:00"
     report = {
@@ -63,15 +63,19 @@ def sample_report() -> dict[str, Any]:
             },
             "adapter": {
                 "name": "ward-adapter",
-                "kind": "rslora",
+                "kind": "rsLoRA",
                 "rank": 16,
                 "tensors": 336,
                 "adapted": 168,
-                "delta_norm": 0.0123,
             },
             "data": {
                 "calibration": {"items": 812, "tokens": 65_536, "positions": 17_110, "too_long": 0, "also_in_test": 0},
-                "test": {"items": 640, "tokens": 51_020, "positions": 18_233, "labels": {"lang": {"en": 420, "zh": 220}}},
+                "test": {
+                    "items": 640,
+                    "tokens": 51_020,
+                    "positions": 18_233,
+                    "labels": {"lang": {"en": 420, "zh": 220}},
+                },
             },
         },
         "merge": {
@@ -95,6 +99,7 @@ def sample_report() -> dict[str, Any]:
             "accuracy_by": {
                 "topic": {"drugs": 0.962, "guidelines": 0.921, "药物相互作用": 0.938},
                 "lang": {"en": 0.951, "zh": 0.932},
+                "ward": {"a\u0000b\u202ec": 0.9, "北": 0.95},
             },
             "gain": {"value": 0.842, "low": 0.811, "high": 0.874},
             "base": {"ppl": 9.77, "nll": 2.2795, "accuracy": 0.203},
@@ -141,7 +146,7 @@ def _target(
             "kl_mean": kl,
             "kl_p99": kl * 14,
             "flips": flips,
-            "top1_agreement": 1 - 2 * flips,
+            "top1_agreement": 1 - flips,
             "accuracy": accuracy,
             "accuracy_by": {
                 "topic": {"drugs": accuracy + 0.01, "guidelines": accuracy - 0.02, "药物相互作用": accuracy - 0.004},
@@ -163,10 +168,16 @@ def _target(
         "peak_rss_bytes": size_bytes + 160_000_000,
         "lowering": {"seconds": 41.7, "peak_rss_bytes": 912_000_000, "notes": {"imatrix": "168 of 168 weights"}},
         "tokenizer": {
-            "user_text": "equal",
-            "torture": [
-                {"class": "control characters", "text": "a\u0000b\u202ec", "consequence": "one token more"},
-                {"class": "Korean jamo", "text": "각", "consequence": "composed before llama.cpp sees it"},
+            "own_texts": 1452,
+            "probes": 41,
+            "differences": [
+                {
+                    "kind": "control",
+                    "texts": ["escape-codes", "direction-marks"],
+                    "mended": False,
+                    "consequence": "a prompt with control characters may be read in another way",
+                },
+                {"kind": "decomposed", "texts": ["jamo"], "mended": True, "consequence": "send NFC text"},
             ],
         },
         "damage": _damage(random, kind, kl),

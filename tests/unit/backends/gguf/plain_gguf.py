@@ -11,14 +11,20 @@ from safetensors.numpy import load_file
 
 
 def write_qwen2(
-    checkpoint: Path, path: Path, *, normalizer: str | None = "NFC", template: str | None = None, pre: str = "qwen2"
+    checkpoint: Path,
+    path: Path,
+    *,
+    normalizer: str | None = "NFC",
+    template: str | None = None,
+    pre: str = "qwen2",
+    name: str = "plain",
 ) -> Path:
     """All tensors in float32. `template` replaces the checkpoint's own; "" leaves it out."""
     config = json.loads((checkpoint / "config.json").read_text())
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     layers = config["num_hidden_layers"]
     writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_name("plain")
+    writer.add_name(name)
     writer.add_block_count(layers)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

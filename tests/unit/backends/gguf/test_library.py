@@ -100,11 +100,8 @@ def test_the_wrong_layout_shows_in_the_defaults(library: Library, monkeypatch: p
     (other,) = [layout for version, layout in layouts.items() if version != own]
     monkeypatch.setattr(llama_cpp, "CONTEXT_LAYOUTS", {own: other})
     package = llama_cpp._PACKAGES[library.kind]
-    try:
-        with pytest.raises(UnsupportedError) as caught:
-            Library(package, library.path)
-    finally:  # both share the C function objects' declared types only through their own CDLL
-        library.c.llama_context_default_params.restype = library.context_params
+    with pytest.raises(UnsupportedError) as caught:
+        Library(package, library.path)
     assert caught.value.code == "llama-layout"
     assert package.pin in caught.value.hint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,18 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lora2edge.backends.gguf.parity import CONSEQUENCES, PROBES, Rendered, compare_tokenizers, plain_ids
+from lora2edge.backends.gguf.parity import (
+    CONSEQUENCES,
+    PROBES,
+    Rendered,
+    check_tokenizer,
+    compare_tokenizers,
+    plain_ids,
+)
 from lora2edge.backends.gguf.tokens import Vocabulary, open_vocabulary
+from lora2edge.contracts import Item, TokenizerFiles
 from lora2edge.errors import InputError, UnsupportedError
+from lora2edge.texts import Renderer
 from tests.unit.backends.gguf.plain_gguf import write_qwen2
 
 CHAT = [{"role": "user", "content": "缺铁性贫血有哪些症状？"}, {"role": "assistant", "content": "乏力, pale skin."}]
@@ -70,11 +80,13 @@ def test_without_the_normalizer_key_decomposed_user_text_is_an_error(
         assert not plain.nfc
         with pytest.raises(UnsupportedError) as caught:
             compare_tokenizers(tokenizer, plain, ["fine", text], strict=False)
+        actual = plain.tokenize_raw(text, special=False)
     assert caught.value.code == "tokenizer-differs"
     assert "text 2 of your data" in caught.value.what
-    shared = len(plain_ids(tokenizer, "ordinary words, then"))
-    assert f"from token {shared - 3 if shared > 3 else 0}" in caught.value.why or "from token" in caught.value.why
-    assert "tokenizer.json" in caught.value.why and "llama.cpp" in caught.value.why
+    expected = plain_ids(tokenizer, text)
+    first = next(index for index, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b)
+    assert f"from token {first - 3} on {expected[first - 3 : first + 6]} in tokenizer.json" in caught.value.why
+    assert f"({len(expected)} and {len(actual)} tokens)" in caught.value.why
 
 
 def test_a_wrong_pre_tokenizer_is_an_error_without_any_user_text(
@@ -102,6 +114,50 @@ def test_rendered_conversations_are_compared(qwen2_checkpoint: Path, tokenizer, 
     with pytest.raises(UnsupportedError) as caught:
         compare_tokenizers(tokenizer, vocabulary, [Rendered(CHAT[:1], ids[:-1])], strict=False)
     assert f"({len(ids) - 1} and {len(ids)} tokens)" in caught.value.why
+
+
+def test_a_finished_file_is_checked_with_the_users_items(qwen2_checkpoint: Path, qwen2_gguf: Path) -> None:
+    files = TokenizerFiles({path.name: path for path in qwen2_checkpoint.iterdir()})
+    report = check_tokenizer(qwen2_gguf, files, [Item(tuple(CHAT))], library="auto", strict=False)
+    ordinary = sum(probe.kind == "ordinary" for probe in PROBES)
+    assert report["own_texts"] == 2 + ordinary
+    assert [difference["kind"] for difference in report["differences"]] == ["normalization"]
+
+
+def test_a_template_that_llama_cpp_cannot_follow_is_an_error(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    """The file's template differs from the checkpoint's by a space: seen without any user text."""
+    files = TokenizerFiles({path.name: path for path in qwen2_checkpoint.iterdir()})
+    source = (qwen2_checkpoint / "chat_template.jinja").read_text()
+    path = write_qwen2(
+        qwen2_checkpoint, tmp_path / "space.gguf", template=source.replace("assistant\n", "assistant \n")
+    )
+    with pytest.raises(UnsupportedError) as caught:
+        check_tokenizer(path, files, [], library="auto", strict=False)
+    assert caught.value.code == "tokenizer-differs"
+
+
+def test_markers_that_swallow_spaces(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    """Phi-3's rule, which llama.cpp applies to models of that name: all markers but three drop the space after."""
+    changed = tmp_path / "checkpoint"
+    shutil.copytree(qwen2_checkpoint, changed)
+    data = json.loads((changed / "tokenizer.json").read_text())
+    keeps = ("<unk>", "<s>", "<|endoftext|>")
+    template = data["added_tokens"][0]
+    for index, text in enumerate(("<unk>", "<s>", "</s>", "<|user|>"), start=760):
+        data["added_tokens"].append({**template, "id": index, "content": text})
+    for added in data["added_tokens"]:
+        added["rstrip"] = added["content"] not in keeps
+    (changed / "tokenizer.json").write_text(json.dumps(data))
+    renderer = Renderer(TokenizerFiles({path.name: path for path in changed.iterdir()}))
+    path = write_qwen2(changed, tmp_path / "phi.gguf", name="phi-3")
+    with open_vocabulary(path) as vocabulary:
+        for content in ("hello", "  hello \n", "typed <|im_end|> x", "a\n\nb"):
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+            assert vocabulary.encode(messages) == renderer.encode(messages)
+        ids = vocabulary.encode([{"role": "user", "content": "x"}])
+        newline = vocabulary.tokenize("\n", special=False)[0]
+        after_marker = ids[ids.index(vocabulary.token_id("<|im_end|>")) + 1]
+        assert after_marker == vocabulary.token_id("<|im_start|>") != newline
 
 
 def test_a_marker_in_a_message_stays_text(tokenizer, vocabulary) -> None:

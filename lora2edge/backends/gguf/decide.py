@@ -1,0 +1,211 @@
+"""What a lowering to GGUF does, decided before a weight is read: options, model, tokenizer, types, metadata."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora2edge.backends.gguf.container import Metadata
+from lora2edge.backends.gguf.imatrix import Importance
+from lora2edge.backends.gguf.mix import FILE_TYPES, TYPES, FileType, choose_types
+from lora2edge.backends.gguf.model import ModelPlan, plan_model
+from lora2edge.backends.gguf.vocabulary import TokenizerSection, read_vocabulary
+from lora2edge.contracts import Checkpoint
+from lora2edge.errors import InputError, MissingExtraError, Refusals, TargetError, UnsupportedError, refuse
+from lora2edge.target import Target
+
+IMATRIX_FILE = "imatrix.gguf"
+_MANY_ROWS = 1 << 20
+"""Where the embedding is unknown, so that the tokenizer's refusals are found with the others."""
+
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "imatrix": (True, False),
+    "tokenizer": ("report", "strict"),
+    "library": ("auto", "prebuilt", "native"),
+}
+_QUANTIZATION_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A target's `options` for this backend."""
+
+    imatrix: bool | None
+    """None: where the file type gains from it."""
+    tokenizer: str
+    """`report`: differences of llama.cpp's tokenizer on a Unicode torture set are stated; `strict`: refused."""
+    library: Any
+    context_length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is decided before a weight is read."""
+
+    file_type: FileType
+    options: Options
+    model: ModelPlan
+    tokenizer: TokenizerSection
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return (*self.model.notes, *self.tokenizer.notes)
+
+
+def read_options(target: Target) -> Options:
+    """The target's options for this backend. Raises TargetError with every wrong one."""
+    known = (*_CHOICES, "context_length")
+    errors: list[InputError] = []
+    for key, value in target.options.items():
+        if key not in known:
+            errors.append(
+                TargetError("gguf-option", f"{target.name} has the option {key!r}", why="known: " + ", ".join(known))
+            )
+        elif key in _CHOICES and not any(
+            value is choice or (value == choice and isinstance(value, str)) for choice in _CHOICES[key]
+        ):
+            choices = ", ".join(str(choice).lower() for choice in _CHOICES[key])
+            errors.append(TargetError("gguf-option", f"{key} is {value!r} in {target.name}", why=f"known: {choices}"))
+    context = target.options.get("context_length")
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        errors.append(
+            TargetError(
+                "gguf-option", f"context_length is {context!r} in {target.name}", why="a number of tokens is needed"
+            )
+        )
+    refuse(errors)
+    return Options(
+        imatrix=target.options.get("imatrix"),
+        tokenizer=target.options.get("tokenizer", "report"),
+        library=target.options.get("library", "auto"),
+        context_length=context,
+    )
+
+
+def decide(checkpoint: Checkpoint, target: Target) -> Decision:
+    """Everything that can be refused is, at once. Reads header, config and tokenizer."""
+    errors: list[InputError] = []
+    options, model, tokenizer = None, None, None
+    file_type = FILE_TYPES.get(target.precision.upper())
+    if file_type is None:
+        known = ", ".join(name.lower() for name in FILE_TYPES)
+        errors.append(
+            TargetError(
+                "gguf-precision", f"{target.name} has the precision {target.precision!r}", why=f"known: {known}"
+            )
+        )
+    if checkpoint.task != "causal-lm":
+        errors.append(
+            UnsupportedError("gguf-task", f"the checkpoint is for {checkpoint.task}", why="llama.cpp generates text")
+        )
+    try:
+        options = read_options(target)
+        _check_library(options)
+    except InputError as error:
+        errors.append(error)
+    try:
+        model = plan_model(checkpoint.config, checkpoint.tensors, options.context_length if options else None)
+    except InputError as error:
+        errors.append(error)
+    try:
+        rows = model.vocab_rows if model else _MANY_ROWS
+        tokenizer = read_vocabulary(checkpoint.tokenizer, checkpoint.config, rows)
+    except InputError as error:
+        errors.append(error)
+    refuse([single for error in errors for single in (error.errors if isinstance(error, Refusals) else (error,))])
+    assert file_type and options and model and tokenizer
+    return Decision(file_type, options, model, tokenizer)
+
+
+def _check_library(options: Options) -> None:
+    """A missing or broken llama.cpp is found in the plan."""
+    from lora2edge.backends.gguf.llama_cpp import load_library
+
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(
+            "missing-extra",
+            "gguf is not installed",
+            why="the finished file is read back with it",
+            hint="pip install 'lora2edge[gguf]'",
+        )
+    try:
+        load_library(options.library)
+    except UnsupportedError as error:
+        if error.code != "two-llama-libraries":  # each target is lowered in a process of its own
+            raise
+
+
+def wants_imatrix(decision: Decision) -> bool:
+    """Whether the target asks for an importance matrix, or its file type gains from one."""
+    wanted = decision.options.imatrix
+    quantized = TYPES[decision.file_type.default].is_quantized
+    return decision.file_type.imatrix if wanted is None else wanted and quantized
+
+
+def tensor_types(decision: Decision, *, imatrix: bool) -> dict[str, str]:
+    """GGUF tensor name → type name."""
+    shapes = {tensor.name: tensor.shape for tensor in decision.model.tensors}
+    return choose_types(shapes, decision.file_type, decision.model.shape, imatrix=imatrix)
+
+
+def file_metadata(decision: Decision, importance: Importance | None) -> Metadata:
+    """All metadata of the file. No name of the base: two builds of one checkpoint are equal byte for byte."""
+    # llama.cpp treats every model whose name says Phi-3 as having that model's special tokens.
+    name = (
+        "phi-3"
+        if decision.tokenizer.strips_like_phi3
+        else f"{decision.model.architecture}-merged".replace("phi3", "phi")
+    )
+    metadata: Metadata = {
+        **decision.model.metadata,
+        "general.name": ("str", name),
+        "general.file_type": ("u32", decision.file_type.id),
+        "general.quantization_version": ("u32", _QUANTIZATION_VERSION),
+        **decision.tokenizer.metadata,
+    }
+    if importance:
+        metadata["quantize.imatrix.file"] = ("str", IMATRIX_FILE)
+        metadata["quantize.imatrix.dataset"] = ("str", "calibration")
+        metadata["quantize.imatrix.entries_count"] = ("u32", len(importance.sums))
+    return metadata
+
+
+def fallback_note(decision: Decision, types: Mapping[str, str]) -> tuple[str, ...]:
+    """What a row length that 256 does not divide makes of a K type."""
+    block = TYPES[decision.file_type.default].block
+    odd = [tensor for tensor in decision.model.tensors if len(tensor.shape) > 1 and tensor.shape[-1] % block]
+    if block != 256 or not odd:
+        return ()
+    counts = Counter(types[tensor.name] for tensor in odd)
+    stored = ", ".join(f"{count} × {name}" for name, count in counts.most_common())
+    return (
+        f"{len(odd)} matrices have rows that 256 does not divide, and are stored as {stored}: "
+        "compare with q4_0 and q8_0, which may be smaller and faster here",
+    )
+
+
+def facts(decision: Decision, types: Mapping[str, str], importance: Importance | None) -> dict[str, Any]:
+    """For the manifest."""
+    counts = Counter(types.values())
+    if importance:
+        imatrix: dict[str, Any] = {"covered": len(importance.sums), "without": list(importance.without)}
+    else:
+        imatrix = {
+            "covered": 0,
+            "why": "no calibration text" if wants_imatrix(decision) else "not wanted by the target",
+        }
+    return {
+        "architecture": decision.model.architecture,
+        "file_type": decision.file_type.name,
+        "tensor_types": dict(sorted(counts.items())),
+        "context_length": decision.model.context_length,
+        "pre_tokenizer": decision.tokenizer.pre_tokenizer,
+        "normalizer": decision.tokenizer.normalizer,
+        "chat_template_sha256": decision.tokenizer.template_sha256,
+        "imatrix": imatrix,
+        "notes": [*decision.notes, *fallback_note(decision, types)],
+    }

@@ -1,0 +1,132 @@
+"""The report's headline on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora2edge.report import tables, words
+from lora2edge.report.findings import find, headline
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "muted": "bright_black", "": ""}
+_FINDING_COLOURS = {"fail": "red", "warn": "yellow", "note": "bright_black"}
+_SUMMARY_COLUMNS = ("Target", "Verdict", "Size", "Gain kept", "KL", "Accuracy", "Decode", "Requests/s")
+_NARROW_COLUMNS = ("Target", "Verdict", "Size", "Gain kept", "Decode")
+_WIDE = 100
+
+
+def print_summary(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """One row a target, the findings that matter, and the verdict."""
+    from rich.text import Text
+
+    console = console or _console()
+    table = tables.headline_table(report)
+    columns = _SUMMARY_COLUMNS if console.width >= _WIDE else _NARROW_COLUMNS
+    shown = [table.columns.index(column) for column in columns]
+    _print_table(console, table, shown, note=False)
+    for finding in find(report):
+        if finding.tone != "note":
+            console.print(Text(f"{finding.subject}: {finding.text}", style=_FINDING_COLOURS[finding.tone]))
+    verdict = report["verdict"]
+    mark = Text(tables.VERDICT_MARKS[verdict], style=f"bold {_COLOURS[verdict]}")
+    console.print(mark.append(f"  {headline(report)}", style="default"))
+
+
+def print_speed(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """What `lora2edge bench` found: `{"target", "scenarios": {name: speed}}`."""
+    console = console or _console()
+    for speed in result["scenarios"].values():
+        _print_table(console, tables.speed_table(result["target"], speed))
+        for note in speed.get("notes", []):
+            _print_plain(console, f"note: {note}")
+    _print_reused(console, result)
+
+
+def print_quality(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """What `lora2edge measure` found: `{"target", "verdict", "gates", "quality", "baseline"}`."""
+    from rich.text import Text
+
+    console = console or _console()
+    targets = {result["target"]: result}
+    _print_table(console, tables.quality_table({"baseline": result["baseline"], "targets": targets}))
+    kept = result["quality"].get("gain_kept")
+    if kept:
+        _print_plain(console, f"Gain kept: {words.percent(kept['value'])} {words.interval(kept, fraction=True)}")
+    else:
+        _print_plain(console, f"Gain kept was not measured: {result['quality'].get('gain_kept_reason', '')}")
+    _print_table(console, tables.gates_table(targets))
+    _print_reused(console, result)
+    verdict = result["verdict"]
+    console.print(Text(tables.VERDICT_MARKS[verdict], style=f"bold {_COLOURS[verdict]}"))
+
+
+def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
+    """What a build would do and need: `{"inputs", "targets": {name: estimate}, …}`; nothing was read or written."""
+    console = console or _console()
+    _print_table(console, tables.inputs_table(plan))
+    rows = tuple(
+        (
+            tables.Cell(name),
+            tables.Cell(words.size(estimate["ram_bytes"])),
+            tables.Cell(words.size(estimate["disk_bytes"])),
+            tables.Cell(words.duration(estimate["seconds"])),
+            tables.Cell("; ".join(estimate.get("notes", ()))),
+        )
+        for name, estimate in plan["targets"].items()
+    )
+    _print_table(console, tables.Table("Targets", ("Target", "Memory", "Disk", "Time", "Notes"), rows))
+    machine = plan["machine"]
+    _print_plain(
+        console,
+        f"This machine: {machine['cores']} cores, {words.size(machine['ram_bytes'])} of memory and "
+        f"{words.size(machine['disk_bytes'])} of disk free, GPU: {machine.get('cuda') or 'none'}. "
+        f"Device {plan['device']}, {plan['threads']} threads.",
+    )
+    if plan.get("baseline_seconds") is not None:
+        _print_plain(console, f"Measuring the baseline takes about {words.duration(plan['baseline_seconds'])}.")
+
+
+def _print_table(console: Console, table: tables.Table, shown: list[int] | None = None, *, note: bool = True) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    if not table.rows:
+        return
+    chosen = shown if shown is not None else list(range(len(table.columns)))
+    drawn = Table(
+        title=table.title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    drawn.show_header = any(table.columns)
+    for index in chosen:
+        drawn.add_column(table.columns[index], overflow="fold")
+    for row in table.rows:
+        cells = []
+        for index in chosen:
+            cell = Text(row[index].text, style=_COLOURS[row[index].tone])
+            if row[index].sub and table.columns[index] != "Size":
+                cell.append(f"\n{row[index].sub}", style="bright_black")
+            cells.append(cell)
+        drawn.add_row(*cells)
+    console.print(drawn)
+    if note and table.note:
+        _print_plain(console, table.note)
+
+
+def _print_reused(console: Console, result: Mapping[str, Any]) -> None:
+    if result.get("reused"):
+        _print_plain(console, f"Measured earlier ({result['measured_at']}) and used again.")
+
+
+def _print_plain(console: Console, text: str) -> None:
+    """`text` as it is: brackets in it are no markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=False)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)

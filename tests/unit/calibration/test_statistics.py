@@ -1,0 +1,113 @@
+"""Activation statistics against plain PyTorch: one sequence at a time, no padding, float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora2edge.adapters import merge, read_adapter
+from lora2edge.calibration import calibrate, open_calibration
+from lora2edge.checkpoint import open_checkpoint
+from lora2edge.contracts import Item, Sample
+from lora2edge.errors import DataError
+from lora2edge.progress import SILENT
+from tests.tiny import make_adapter, make_checkpoint
+
+LENGTHS = (5, 17, 3, 17, 40, 1)
+
+
+def samples() -> list[Sample]:
+    generator = np.random.default_rng(0)
+    item = Item(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+    return [Sample(tuple(generator.integers(0, 700, length).tolist()), 1, item) for length in LENGTHS]
+
+
+def by_hand(base: Path, adapter: Path) -> dict[str, Any]:
+    """Mean of x² of each linear layer's input in PEFT's own merge, module name → [channels] float64."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
+    seen: dict[str, list[Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            seen[name] = []
+            module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0][0].double()))
+    with torch.inference_mode():
+        for sample in samples():
+            model(torch.tensor([sample.ids]))
+    return {f"{name}.weight": torch.cat(found).square().mean(0).numpy() for name, found in seen.items()}
+
+
+@pytest.mark.parametrize(("arch", "tied"), [("qwen2", True), ("llama", False), ("gemma2", True), ("phi3", False)])
+def test_statistics_are_those_of_plain_pytorch(tmp_path: Path, arch: str, tied: bool) -> None:
+    base = make_checkpoint(tmp_path / "base", arch, tied=tied)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    view = merge(open_checkpoint(str(base)), (read_adapter(str(adapter)),))
+    (tmp_path / "out").mkdir()
+    calibrate(view, samples(), tmp_path / "out", SILENT, device="cpu", threads=1)
+    found = open_calibration(tmp_path / "out")
+    expected = by_hand(base, adapter)
+    if tied:
+        expected["model.embed_tokens.weight"] = expected.pop("lm_head.weight")
+    assert set(found.names) == set(expected)
+    for name, values in expected.items():
+        stats = found.vectors(name)
+        assert stats.count == sum(LENGTHS)
+        assert stats.mean_square.dtype == np.float32
+        np.testing.assert_allclose(stats.mean_square, values, rtol=2e-4)
+    assert list(found.samples) == samples()
+    with pytest.raises(KeyError):
+        found.vectors("model.norm.weight")
+
+
+def test_a_changed_or_missing_folder_is_refused(tmp_path: Path) -> None:
+    view = open_checkpoint(str(make_checkpoint(tmp_path / "base")))
+    out = tmp_path / "out"
+    out.mkdir()
+    first = calibrate(view, samples(), out, SILENT, device="cpu", threads=1).digest
+    assert open_calibration(out).digest == first
+    with (out / "samples.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match="cannot be used"):
+        open_calibration(out)
+    with pytest.raises(DataError, match="no calibration folder"):
+        open_calibration(tmp_path)
+
+
+def test_the_digest_tells_models_and_texts_apart(tmp_path: Path) -> None:
+    digests = set()
+    for seed, texts in ((0, samples()), (1, samples()), (0, samples()[1:]), (0, samples())):
+        view = open_checkpoint(str(make_checkpoint(tmp_path / f"base{seed}", seed=seed)))
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        digests.add(calibrate(view, texts, out, SILENT, device="cpu", threads=1).digest)
+    assert len(digests) == 3
+
+
+def test_no_text_and_broken_weights_are_errors(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", dtype="float32")
+    view = open_checkpoint(str(base))
+    with pytest.raises(DataError) as caught:
+        calibrate(view, [], tmp_path, SILENT, device="cpu", threads=1)
+    assert caught.value.code == "calibration-gap"
+
+    class Overflowing:
+        """Activations of 1e30 have no square in float32."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(view, name)
+
+        def rows(self, name: str, start: int, stop: int) -> Any:
+            scale = 1e30 if name == "model.layers.0.mlp.up_proj.weight" else 1.0
+            return view.rows(name, start, stop) * np.float32(scale)
+
+    with pytest.raises(DataError) as caught:
+        calibrate(Overflowing(), samples(), tmp_path, SILENT, device="cpu", threads=1)  # type: ignore[arg-type]
+    assert caught.value.code == "calibration-not-finite"
+    assert "model.layers.0.mlp.down_proj.weight" in caught.value.why
