@@ -101,7 +101,12 @@ def _build_target(
     measured = pipeline.measure(target, place, reference, texts)
     quality = measured.result["quality"]
     gates, verdict = judge(target, quality)
-    speed = pipeline.bench(target, place, texts) if bench else None
+    speed, speed_reason = None, "--no-bench was given"
+    if bench:
+        try:
+            speed, speed_reason = pipeline.bench(target, place, texts), ""
+        except Lora2EdgeError as error:  # a speed that cannot be measured takes nothing from the quality
+            speed_reason = f"{error.what}: {error.why}"
 
     chosen = rejected if verdict == "fail" else final
     if place != chosen:
@@ -116,6 +121,7 @@ def _build_target(
         "gates": gates,
         "quality": quality,
         "speed": first,
+        "speed_reason": speed_reason,
         "scenarios": speeds,
         "size_bytes": size_bytes,
         "size_ratio": pipeline.plan.size_bytes / size_bytes,

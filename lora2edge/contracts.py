@@ -108,7 +108,8 @@ class Checkpoint(Protocol):
     def rows(self, name: str, start: int, stop: int) -> FloatArray:
         """Rows `start:stop` (along the first axis) of `name`, float32, unrounded; `[stop - start, …]`.
 
-        The array is the caller's own. Safe to call from several threads, as `delta` is. For a tensor whose stored dtype is not a float, raises CheckpointError.
+        The array is the caller's own. Safe to call from several threads, as `delta` is. For a tensor whose stored
+        dtype is not a float, raises CheckpointError.
         """
         ...
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora2edge.report.schema import check_report
 from tests.cli.conftest import Model, Outcome
 
 Run = Callable[..., Outcome]
@@ -85,6 +86,7 @@ def test_build_writes_everything(built: tuple[Path, list[subprocess.CompletedPro
     assert first.returncode == 0, first.stderr
     out = root / "out"
     report = json.loads((out / "report.json").read_text())
+    check_report(report)
     assert report["merge"]["math_kl"] <= 1e-9
     target = report["targets"]["mine/q8_0"]
     assert target["verdict"] == "pass" and target["quality"]["kl_mean"] < 0.05

@@ -41,8 +41,8 @@ MODEL_FILE = "model.gguf"
 # matrix. Reading and merging are slower than the simple types.
 _WEIGHTS_PER_SECOND = {"Q2_K": 9e6, "Q3_K": 9e6, "Q4_K": 9e6, "Q5_K": 8e6, "Q6_K": 33e6, "IQ4_XS": 4e6, "IQ4_NL": 4e6}
 _OTHER_WEIGHTS_PER_SECOND = 120e6
-_BASE_RAM = 120 << 20
-_RAM_PER_TOKENIZER_BYTE = 12
+_BASE_RAM = 140 << 20
+_RAM_PER_TOKENIZER_BYTE = 15
 _SLABS_PER_CORE = 6
 
 

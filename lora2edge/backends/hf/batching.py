@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 GATHER_S = 0.005
-"""A batch starts this long after its first request, or as soon as all slots are taken."""
+"""The longest that a batch waits for the requests of callers that were there when the last batch ended: a caller that
+sends its next request at once is in the next batch. A lone caller never waits."""
 _END = -1
 
 
@@ -67,6 +68,8 @@ class Batcher:
         self._device = device
         self._threads = threads
         self._slots = slots
+        self._expected = 1
+        """Requests that were being served or waiting when the last batch ended."""
         self._waiting: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -105,6 +108,7 @@ class Batcher:
             except Exception as error:  # every caller gets it; the thread lives on
                 for request in batch:
                     request.tokens.put(error)
+            self._expected = len(batch) + self._waiting.qsize()
         self._refuse_waiting()
 
     def _gather(self) -> list[_Request] | None:
@@ -117,8 +121,9 @@ class Batcher:
         batch = [first]
         deadline = time.monotonic() + GATHER_S
         while len(batch) < self._slots:
+            patience = deadline - time.monotonic() if len(batch) < self._expected else 0.0
             try:
-                request = self._waiting.get(timeout=max(0.0, deadline - time.monotonic()))
+                request = self._waiting.get(timeout=max(0.0, patience))
             except queue.Empty:
                 break
             if request is None:
