@@ -29,7 +29,7 @@ libraries=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))
 sources=$out/sources/llama_cpp_python-$version/vendor/llama.cpp
 if [ ! -d "$sources" ]; then
     mkdir -p "$out/sources"
-    "$python" -m pip download --no-deps --no-build-isolation --no-binary :all: --dest "$out/sources" \
+    "$python" -m pip download --no-deps --no-binary llama-cpp-python --dest "$out/sources" \
         "llama-cpp-python==$version" >/dev/null
     tar -xzf "$out/sources/llama_cpp_python-$version.tar.gz" -C "$out/sources"
 fi

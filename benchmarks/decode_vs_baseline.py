@@ -49,8 +49,8 @@ def main() -> None:
             )  # fmt: skip
             (speed,) = result["scenarios"].values()
             results[f"{threads} threads"] = speed
-            print(f"{threads} threads: decode {speed['decode_ratio']}, TTFT {speed['ttft_ratio']}, "
-                  f"{speed['baseline']['decode_tps']:.1f} to {speed["decode_tps"]:.1f} tokens/s", flush=True)  # fmt: skip
+            rates = f"{speed['baseline']['decode_tps']:.1f} to {speed['decode_tps']:.1f} tokens/s"
+            print(f"{threads} threads: decode {speed['decode_ratio']}, {rates}, TTFT {speed['ttft_ratio']}", flush=True)
             results["machine"] = result["machine"]
     if arguments.results:
         arguments.results.parent.mkdir(parents=True, exist_ok=True)

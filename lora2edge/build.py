@@ -128,7 +128,7 @@ def _build_target(
         "peak_rss_bytes": first["peak_rss_bytes"] if first else None,
         "lowering": {key: lowered.result[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes", "notes")},
         "tokenizer": lowered.result["notes"].get("tokenizer"),
-        "damage": lowered.result["damage"],
+        "damage": measured.result["damage"],
         "artifact": str(chosen.relative_to(out)),
         "facts": measured.result["facts"],
         "reused": {"lower": lowered.reused, "quality": measured.reused, "speed": bool(speed and speed.reused)},

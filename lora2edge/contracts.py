@@ -277,6 +277,8 @@ class Estimate:
     ram_bytes: int
     disk_bytes: int
     seconds: float
+    max_length: int | None = None
+    """Longest sequence that the artifact can hold, where it is shorter than the checkpoint's."""
     notes: tuple[str, ...] = ()
 
 

@@ -18,7 +18,7 @@ from lora2edge.bench.scenario import Scenario, context_needed, load_scenario, ma
 from lora2edge.cache import Cache, now, stage_key
 from lora2edge.calibration import calibrate
 from lora2edge.contracts import Progress, Sample
-from lora2edge.plan import Plan
+from lora2edge.plan import ANSWER_TOKENS, Plan
 from lora2edge.quality import record_reference, verify_merge
 from lora2edge.stage import run_stage, stage_command
 from lora2edge.storage import atomic_folder, write_json
@@ -28,8 +28,6 @@ from lora2edge.texts import Texts, samples_digest
 _RESULT = "result.json"
 _SLOTS = 4
 """Requests that a session serves together while quality is measured."""
-_ANSWER_TOKENS = 64
-"""Room for a generated answer, beside the longest sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +136,7 @@ class Pipeline:
         request = {
             "stage": "measure",
             "target": target.model_dump(mode="json"),
+            "checkpoint": self.plan.merged.ref.to_json(),
             "artifact": str(artifact),
             "reference": str(reference.path),
             "seed": self.plan.recipe.seed,
@@ -228,7 +227,7 @@ class Pipeline:
             "device": self.plan.device,
             "threads": self.plan.threads,
             "slots": _SLOTS,
-            "max_length": longest + _ANSWER_TOKENS,
+            "max_length": longest + ANSWER_TOKENS,
         }
 
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 _MARKS = ("recipe.resolved.yaml", "manifest.json")
 """A folder that holds one of these is ours."""
+ANSWER_TOKENS = 64
+"""Room for a generated answer, beside the longest sample."""
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 _MAX_LENGTH = 4096
@@ -143,7 +145,12 @@ def plan_build(
         machine=machine,
         threads=recipe.threads or machine.cores,
         device=device,
-        max_length=min(int(merged.config.get("max_position_embeddings", _MAX_LENGTH)), _MAX_LENGTH),
+        max_length=-ANSWER_TOKENS
+        + min(
+            _MAX_LENGTH,
+            int(merged.config.get("max_position_embeddings", _MAX_LENGTH)),
+            *(estimate.max_length for estimate in estimates.values() if estimate.max_length),
+        ),
         baseline_seconds=_baseline_seconds(merged, recipe, targets) if recipe.data is not None else 0.0,
     )
 

@@ -130,9 +130,7 @@ def main(argv: list[str]) -> int:
 
 
 def _lower(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Lowers the checkpoint into the empty folder `out`, and compares the finished file with it."""
-    from dataclasses import asdict
-
+    """Lowers the checkpoint into the empty folder `out`."""
     from lora2edge.adapters import open_view
     from lora2edge.backends.base import load_backend
     from lora2edge.calibration import open_calibration
@@ -140,30 +138,26 @@ def _lower(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
     target = Target.model_validate(request["target"])
     checkpoint = open_view(CheckpointRef.from_json(request["checkpoint"]))
-    backend = load_backend(target.backend)
-    out = Path(request["out"])
     calibration = open_calibration(Path(request["calibration"])) if request["calibration"] else None
-    lowered = backend.lower(checkpoint, target, calibration, out, progress)
-    damage = backend.damage(checkpoint, out, progress)
-    return {
-        "versions": dict(lowered.versions),
-        "notes": dict(lowered.notes),
-        "damage": [asdict(tensor) for tensor in damage],
-    }
+    lowered = load_backend(target.backend).lower(checkpoint, target, calibration, Path(request["out"]), progress)
+    return {"versions": dict(lowered.versions), "notes": dict(lowered.notes)}
 
 
 def _measure(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Quality of an artifact against the recorded baseline."""
+    """Quality of an artifact against the recorded baseline, and what lowering did to each tensor."""
     from dataclasses import asdict
 
+    from lora2edge.adapters import open_view
     from lora2edge.backends.base import load_backend
     from lora2edge.quality import measure_quality, open_reference
     from lora2edge.target import Target
 
     target = Target.model_validate(request["target"])
     reference = open_reference(Path(request["reference"]))
-    session = load_backend(target.backend).open(
-        Path(request["artifact"]),
+    backend, artifact = load_backend(target.backend), Path(request["artifact"])
+    damage = backend.damage(open_view(CheckpointRef.from_json(request["checkpoint"])), artifact, progress)
+    session = backend.open(
+        artifact,
         target,
         device=request["device"],
         threads=request["threads"],
@@ -172,7 +166,7 @@ def _measure(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     )
     try:
         quality = measure_quality(session, reference, seed=request["seed"], progress=progress)
-        return {"quality": quality, "facts": asdict(session.facts)}
+        return {"quality": quality, "damage": [asdict(tensor) for tensor in damage], "facts": asdict(session.facts)}
     finally:
         session.close()
 

@@ -17,6 +17,8 @@ from tests.cli.conftest import Model, Outcome
 from tests.tiny import make_checkpoint
 
 Run = Callable[..., Outcome]
+NAMESPACE = ["unshare", "--mount", "--user", "--map-root-user", "sh", "-c"]
+"""A shell that may mount file systems of its own."""
 
 
 def refused(outcome: Outcome, code: str, out: Path) -> str:
@@ -30,11 +32,19 @@ def refused(outcome: Outcome, code: str, out: Path) -> str:
     return outcome.err
 
 
-def build(run: Run, model: Model, out: Path, *options: str | Path, base: Path | None = None, adapter: Path | None = None) -> Outcome:  # fmt: skip  # noqa: E501
-    return run(
-        "build", "--base", base or model.base, "--adapter", adapter or model.adapter, "--target", "gguf/q8_0",
-        "--data", model.data, "--out", out, *options,
-    )  # fmt: skip
+def build(
+    run: Run,
+    model: Model,
+    out: Path,
+    *,
+    base: Path | None = None,
+    adapter: Path | None = None,
+    target: str | Path = "gguf/q8_0",
+    data: str | Path | None = None,
+) -> Outcome:
+    arguments = {"base": base or model.base, "adapter": adapter or model.adapter, "target": target,
+                 "data": data or model.data, "out": out}  # fmt: skip
+    return run("build", *(part for name, value in arguments.items() for part in (f"--{name}", value)))
 
 
 @pytest.fixture
@@ -95,18 +105,14 @@ def test_pickle(lora2edge: Run, model: Model, out: Path, adapter: Path) -> None:
 
 
 def test_unknown_target(lora2edge: Run, model: Model, out: Path) -> None:
-    outcome = lora2edge(
-        "build", "--base", model.base, "--adapter", model.adapter, "--target", "gguf/q4km", "--data", model.data, "--out", out
-    )  # fmt: skip
+    outcome = build(lora2edge, model, out, target="gguf/q4km")
     assert "gguf/q4_k_m" in refused(outcome, "unknown-target", out)
 
 
 def test_unknown_target_key(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
     target = tmp_path / "mine.yaml"
     target.write_text("name: mine\nbackend: gguf\nprecision: q8_0\nquantisation: x\ngates: {kl: {max: 1}}\n")
-    outcome = lora2edge(
-        "build", "--base", model.base, "--adapter", model.adapter, "--target", target, "--data", model.data, "--out", out
-    )  # fmt: skip
+    outcome = build(lora2edge, model, out, target=target)
     text = refused(outcome, "target-keys", out)
     assert "quantisation" in text and "gates.kl" in text
 
@@ -114,9 +120,7 @@ def test_unknown_target_key(lora2edge: Run, model: Model, out: Path, tmp_path: P
 def test_unknown_option_key(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
     target = tmp_path / "mine.yaml"
     target.write_text("name: mine\nbackend: gguf\nprecision: q8_0\noptions: {imatrx: true}\n")
-    outcome = lora2edge(
-        "build", "--base", model.base, "--adapter", model.adapter, "--target", target, "--data", model.data, "--out", out
-    )  # fmt: skip
+    outcome = build(lora2edge, model, out, target=target)
     assert "imatrix" in refused(outcome, "gguf-option", out)
 
 
@@ -146,17 +150,13 @@ def test_out_not_ours(lora2edge: Run, model: Model, out: Path) -> None:
 def test_bad_data_line(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "response": "b"}\n{"question": "c"}\n')
-    outcome = lora2edge(
-        "build", "--base", model.base, "--adapter", model.adapter, "--target", "gguf/q8_0", "--data", data, "--out", out
-    )  # fmt: skip
+    outcome = build(lora2edge, model, out, target="gguf/q8_0", data=data)
     assert f"{data}:2" in refused(outcome, "bad-line", out)
 
 
 def test_all_problems_at_once(lora2edge: Run, model: Model, out: Path, adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    outcome = lora2edge(
-        "build", "--base", model.base, "--adapter", adapter, "--target", "gguf/q9", "--data", "nowhere.jsonl", "--out", out
-    )  # fmt: skip
+    outcome = build(lora2edge, model, out, adapter=adapter, target="gguf/q9", data="nowhere.jsonl")
     assert outcome.code == 2
     for code in ("adapter-pickle", "unknown-target", "no-data"):
         assert f"error[{code}]" in outcome.err
@@ -178,7 +178,7 @@ def test_full_disk(model: Model, tmp_path: Path) -> None:
         f"{sys.executable} -m lora2edge merge --base {model.base} --adapter {model.adapter} --out {disk}/out; "
         f"code=$?; ls -A {disk}; exit $code"
     )
-    done = subprocess.run(["unshare", "--mount", "--user", "--map-root-user", "sh", "-c", script], capture_output=True, text=True)  # fmt: skip  # noqa: E501
+    done = subprocess.run([*NAMESPACE, script], capture_output=True, text=True)
     if done.returncode in (1, 77) and "error[" not in done.stderr:
         pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr
@@ -194,7 +194,7 @@ def test_read_only_folder(model: Model, tmp_path: Path) -> None:
         f"mount -t tmpfs -o ro none {disk} || exit 77; "
         f"{sys.executable} -m lora2edge merge --base {model.base} --adapter {model.adapter} --out {disk}/out"
     )
-    done = subprocess.run(["unshare", "--mount", "--user", "--map-root-user", "sh", "-c", script], capture_output=True, text=True)  # fmt: skip  # noqa: E501
+    done = subprocess.run([*NAMESPACE, script], capture_output=True, text=True)
     if done.returncode in (1, 77) and "error[" not in done.stderr:
         pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr

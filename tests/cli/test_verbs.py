@@ -52,9 +52,8 @@ def test_merge_proves(lora2edge: Run, model: Model, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "merged"
-    outcome = lora2edge(
-        "merge", "--base", model.base, "--adapter", model.adapter, "--out", out, "--prove", "--data", model.data, "--json"
-    )  # fmt: skip
+    options = ["--base", model.base, "--adapter", model.adapter, "--data", model.data, "--out", out]
+    outcome = lora2edge("merge", "--prove", "--json", *options)
     assert outcome.code == 0, outcome.err
     proof = json.loads(outcome.out)["merge"]
     assert proof["math_kl"] <= 1e-9 and proof["rounding_kl"] <= proof["floor_kl"]
@@ -125,10 +124,8 @@ def test_missed_gate_rejects(lora2edge: Run, model: Model, tmp_path: Path) -> No
     target = tmp_path / "strict.yaml"
     target.write_text("name: strict\nbackend: gguf\nprecision: q4_0\ngates: {kl_mean: {max: 1e-9}}\n")
     out = tmp_path / "out"
-    outcome = lora2edge(
-        "build", "--base", model.base, "--adapter", model.adapter, "--target", target, "--data", model.data, "--out", out,
-        "--no-bench",
-    )  # fmt: skip
+    options = ["--base", model.base, "--adapter", model.adapter, "--data", model.data, "--out", out]
+    outcome = lora2edge("build", "--target", target, "--no-bench", *options)
     assert outcome.code == 3, outcome.err
     assert not (out / "artifacts" / "strict").exists()
     assert (out / "artifacts" / "strict.rejected" / "manifest.json").exists()

@@ -42,7 +42,7 @@ MODEL_FILE = "model.gguf"
 _WEIGHTS_PER_SECOND = {"Q2_K": 9e6, "Q3_K": 9e6, "Q4_K": 9e6, "Q5_K": 8e6, "Q6_K": 33e6, "IQ4_XS": 4e6, "IQ4_NL": 4e6}
 _OTHER_WEIGHTS_PER_SECOND = 120e6
 _BASE_RAM = 140 << 20
-_RAM_PER_TOKENIZER_BYTE = 15
+_RAM_PER_TOKENIZER_BYTE = 18
 _SLABS_PER_CORE = 6
 
 
@@ -67,6 +67,7 @@ class GgufBackend:
             + _SLABS_PER_CORE * 4 * SLAB_ELEMENTS * cores(),
             disk_bytes=sum(tensor_bytes(types[tensor.name], tensor.shape) for tensor in tensors) + tokenizer_bytes,
             seconds=seconds / max(1, machine.cores),
+            max_length=decision.model.context_length,
             notes=(*decision.notes, *fallback_note(decision, types)),
         )
 

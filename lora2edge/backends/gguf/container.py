@@ -21,7 +21,7 @@ from lora2edge.errors import CheckpointError
 ALIGNMENT = 32
 _MAGIC, _VERSION = b"GGUF", 3
 
-Kind = Literal["u32", "i32", "f32", "bool", "str", "strings", "i32s", "f32s"]
+Kind = Literal["u32", "i32", "f32", "bool", "str", "strings", "i32s", "f32s", "packed"]
 Field = tuple[Kind, Any]
 Metadata = dict[str, Field]
 
@@ -105,12 +105,23 @@ def _read_header(file: IO[bytes], path: Path) -> dict[str, Stored]:
     return {name: Stored(name, kind, shape, start + offset) for name, kind, shape, offset in found}
 
 
+def pack_arrays(metadata: Metadata) -> Metadata:
+    """`metadata` with its arrays as the bytes that will be written: a tenth of the memory of Python strings."""
+    arrays = {"strings", *_ARRAYS}
+    return {
+        key: ("packed", _packed_field(kind, value)) if kind in arrays else (kind, value)
+        for key, (kind, value) in metadata.items()
+    }
+
+
 def _packed(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
 def _packed_field(kind: Kind, value: Any) -> bytes:
+    if kind == "packed":
+        return bytes(value)
     if kind in _SCALARS:
         type_id, code = _SCALARS[kind]
         return struct.pack("<I", type_id) + struct.pack(code, value)

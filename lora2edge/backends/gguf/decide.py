@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lora2edge.backends.gguf.container import Metadata
+from lora2edge.backends.gguf.container import Metadata, pack_arrays
 from lora2edge.backends.gguf.imatrix import Importance
 from lora2edge.backends.gguf.mix import FILE_TYPES, TYPES, FileType, choose_types
 from lora2edge.backends.gguf.model import ModelPlan, plan_model
@@ -63,7 +64,14 @@ def read_options(target: Target) -> Options:
     for key, value in target.options.items():
         if key not in known:
             errors.append(
-                TargetError("gguf-option", f"{target.name} has the option {key!r}", why="known: " + ", ".join(known))
+                TargetError(
+                    "gguf-option",
+                    f"{target.name} has the option {key!r}, which this backend does not know",
+                    why="known: " + ", ".join(known),
+                    hint=f"did you mean {close[0]}?"
+                    if (close := difflib.get_close_matches(key, known, 1))
+                    else "remove it",
+                )
             )
         elif key in _CHOICES and not any(
             value is choice or (value == choice and isinstance(value, str)) for choice in _CHOICES[key]
@@ -118,7 +126,7 @@ def decide(checkpoint: Checkpoint, target: Target) -> Decision:
         errors.append(error)
     refuse([single for error in errors for single in (error.errors if isinstance(error, Refusals) else (error,))])
     assert file_type and options and model and tokenizer
-    return Decision(file_type, options, model, tokenizer)
+    return Decision(file_type, options, model, replace(tokenizer, metadata=pack_arrays(tokenizer.metadata)))
 
 
 def _check_library(options: Options) -> None:

@@ -22,6 +22,7 @@ from lora2edge.backends.gguf.container import Metadata, padding, tensor_bytes, w
 from lora2edge.backends.gguf.imatrix import Importance
 from lora2edge.backends.gguf.mix import TYPES, row_bytes
 from lora2edge.backends.gguf.model import Planned
+from lora2edge.checkpoint import one_blas_thread
 from lora2edge.contracts import Checkpoint, Progress
 from lora2edge.errors import CheckpointError
 
@@ -130,7 +131,7 @@ def in_order(job: Any, work: Sequence[Slab]) -> Iterator[tuple[Slab, Any]]:
     """(slab, job(slab)) in the order of `work`, computed on all cores, with at most two slabs a core in flight."""
     workers = cores()
     waiting: deque[tuple[Slab, Future[Any]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         try:
             for slab in work:
                 waiting.append((slab, pool.submit(job, slab)))
