@@ -9,13 +9,12 @@ from typing import Any
 
 from lora2edge.adapters import MergedCheckpoint
 from lora2edge.backends.base import load_backend
-from lora2edge.contracts import Artifact, Calibration, Manifest, Progress
+from lora2edge.contracts import MANIFEST, Artifact, Calibration, Manifest, Progress
 from lora2edge.errors import InputError
 from lora2edge.storage import atomic_folder, sha256_file, write_atomic
 from lora2edge.target import Target
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
 RECORD = "lowering.json"
 
 
@@ -47,6 +46,11 @@ def find_artifact(path: Path, key: str) -> Artifact | None:
     except InputError:
         return None
     return artifact if artifact.manifest.key == key and (path / RECORD).is_file() else None
+
+
+def is_intact(artifact: Artifact) -> bool:
+    """Whether every file of the artifact holds what its manifest says."""
+    return all(sha256_file(artifact.path / name) == sha for name, sha in artifact.manifest.files.items())
 
 
 def write_manifest(

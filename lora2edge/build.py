@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import time
@@ -20,8 +21,8 @@ from lora2edge.plan import Plan, plan_build
 from lora2edge.progress import SILENT
 from lora2edge.quality import judge
 from lora2edge.recipe import Recipe, dump_recipe
-from lora2edge.report import write_report
-from lora2edge.storage import write_atomic
+from lora2edge.report import REPORTS, write_report
+from lora2edge.storage import alone_in, write_atomic
 from lora2edge.target import Target
 from lora2edge.texts import Renderer, Texts, load_texts
 
@@ -48,38 +49,57 @@ def build(
 ) -> BuildResult:
     """Merges, proves, lowers, measures and reports. Raises InputError for bad input and ProofError for a bad merge."""
     started, started_at = time.monotonic(), now()
-    out = _required(recipe)
-    plan = plan_build(recipe, out=out, force=force)
-    write_atomic(out / "recipe.resolved.yaml", dump_recipe(recipe))
+    plan, out = plan_whole(recipe, force=force)
     texts = load_build_texts(plan)
     pipeline = Pipeline(plan, cache or Cache(), progress)
+    with alone_in(out):
+        for name in REPORTS:  # an earlier build's would stand beside this one's recipe
+            (out / name).unlink(missing_ok=True)
+        write_atomic(out / "recipe.resolved.yaml", dump_recipe(recipe))
 
-    proof = pipeline.prove(texts)
-    calibration = pipeline.calibrate(texts)
-    reference = pipeline.record_baseline(texts)
-    targets = {}
-    for target in plan.targets:  # one that fails does not stop the others
-        try:
-            targets[target.name] = _build_target(target, pipeline, calibration, reference, texts, out, bench)
-        except Lora2EdgeError as error:
-            targets[target.name] = {"verdict": "fail", "error": {**error.as_dict(), "exit_code": error.exit_code}}
+        proof = pipeline.prove(texts)
+        calibration = pipeline.calibrate(texts)
+        reference = pipeline.record_baseline(texts)
+        targets = {}
+        for target in plan.targets:  # one that fails does not stop the others
+            try:
+                targets[target.name] = _build_target(target, pipeline, calibration, reference, texts, out, bench)
+            except Lora2EdgeError as error:
+                targets[target.name] = {"verdict": "fail", "error": {**error.as_dict(), "exit_code": error.exit_code}}
+                _withdraw(out, target, pipeline.lower_key(target, calibration))
 
-    report = {
-        "schema": REPORT_SCHEMA,
-        "lora2edge": __version__,
-        **_verdict(targets, strict),
-        "command": " ".join(["lora2edge", *sys.argv[1:]]),
-        "started_at": started_at,
-        "machine": describe(),
-        "inputs": describe_inputs(plan, texts),
-        "merge": {**proof.result, "reused": proof.reused, "measured_at": proof.measured_at},
-        "baseline": {**reference.result, "reused": reference.reused, "measured_at": reference.measured_at},
-        "targets": targets,
-        "stages": pipeline.record,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    write_report(report, out)
+        report = {
+            "schema": REPORT_SCHEMA,
+            "lora2edge": __version__,
+            **_verdict(targets, strict),
+            "command": shlex.join(["lora2edge", *sys.argv[1:]]),
+            "started_at": started_at,
+            "machine": describe(),
+            "inputs": describe_inputs(plan, texts),
+            "merge": {**proof.result, "reused": proof.reused, "measured_at": proof.measured_at},
+            "baseline": {**reference.result, "reused": reference.reused, "measured_at": reference.measured_at},
+            "targets": targets,
+            "stages": pipeline.record,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        write_report(report, out)
     return BuildResult(out, report, report["exit_code"])
+
+
+def plan_whole(recipe: Recipe, *, force: bool = False) -> tuple[Plan, Path]:
+    """The plan of a build of all stages, and its output folder. Raises what is missing, else every refusal at once."""
+    given = (("--out", recipe.out), ("--target", recipe.targets), ("--data", recipe.data))
+    missing = [name for name, value in given if not value]
+    if missing or recipe.out is None:
+        raise InputError(
+            "missing-option",
+            f"{' and '.join(missing)} must be given, on the command line or in the recipe",
+            why="merge proof, importance matrix and quality are measured on the data; `lora2edge merge` and "
+            "`lora2edge lower` do without",
+            hint="lora2edge build --base B --adapter A --target gguf/q4_k_m --data FILE.jsonl --out OUT",
+        )
+    out = Path(recipe.out)
+    return plan_build(recipe, out=out, force=force), out
 
 
 def _build_target(
@@ -94,7 +114,7 @@ def _build_target(
     """Lowers and measures one target; the artifact gets its final name only when no gate was missed."""
     final = out / "artifacts" / target.folder
     rejected = final.with_name(f"{target.folder}.rejected")
-    waiting = final.with_name(f".{target.folder}.unmeasured")
+    waiting = _waiting(final)
     key = pipeline.lower_key(target, calibration)
     place = next((folder for folder in (final, rejected) if find_artifact(folder, key)), waiting)
     lowered = pipeline.lower(target, calibration, place)
@@ -140,6 +160,21 @@ def _build_target(
     }
 
 
+def _withdraw(out: Path, target: Target, key: str) -> None:
+    """Takes the final name from an artifact that this build could not measure, or that an earlier build left there."""
+    final = out / "artifacts" / target.folder
+    waiting = _waiting(final)
+    if find_artifact(final, key) and not waiting.exists():
+        final.rename(waiting)
+    else:
+        shutil.rmtree(final, ignore_errors=True)
+
+
+def _waiting(final: Path) -> Path:
+    """Where an artifact waits until it is measured."""
+    return final.with_name(f".{final.name}.unmeasured")
+
+
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The plan, JSON-ready."""
     return {
@@ -170,13 +205,7 @@ def describe_inputs(plan: Plan, texts: Texts | None) -> dict[str, Any]:
 
 def load_build_texts(plan: Plan) -> Texts:
     """Calibration and test samples of the plan's data."""
-    if plan.recipe.data is None:
-        raise InputError(
-            "no-data",
-            "a build needs text",
-            why="the merge proof, the importance matrix and the quality are measured on it",
-            hint="--data FILE.jsonl   (or `lora2edge merge` and `lora2edge lower`, which do without)",
-        )
+    assert plan.recipe.data is not None
     return load_texts(
         plan.recipe.data,
         Renderer(plan.merged.tokenizer),
@@ -196,15 +225,3 @@ def _verdict(targets: dict[str, dict[str, Any]], strict: bool) -> dict[str, Any]
     if "inconclusive" in verdicts:
         return {"verdict": "inconclusive", "exit_code": EXIT_INCONCLUSIVE if strict else EXIT_OK}
     return {"verdict": "pass", "exit_code": EXIT_OK}
-
-
-def _required(recipe: Recipe) -> Path:
-    missing = [name for name, value in (("--out", recipe.out), ("--target", recipe.targets)) if not value]
-    if missing:
-        raise InputError(
-            "missing-option",
-            f"{' and '.join(missing)} must be given, on the command line or in the recipe",
-            hint="lora2edge build --base B --adapter A --target gguf/q4_k_m --data FILE.jsonl --out OUT",
-        )
-    assert recipe.out is not None
-    return Path(recipe.out)

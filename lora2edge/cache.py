@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora2edge.storage import atomic_folder, digest
+from lora2edge.errors import OutputError
+from lora2edge.storage import atomic_folder, digest, sha256_file
 
 _RECORD = "stage.json"
 _LIBRARIES = (
@@ -35,10 +36,22 @@ class Entry:
     """UTC, ISO 8601."""
     seconds: float
     reused: bool
+    files: Mapping[str, str]
+    """File name → sha256."""
 
     @property
     def size_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return sum(path.stat().st_size for path in _files(self.path))
+
+    def is_intact(self) -> bool:
+        """Whether every file holds what was written: a figure must not come from a damaged disk."""
+        return all(
+            (self.path / name).is_file() and sha256_file(self.path / name) == sha for name, sha in self.files.items()
+        )
+
+
+class _FinishedElsewhereError(Exception):
+    """Another process has written this entry."""
 
 
 class Cache:
@@ -48,17 +61,35 @@ class Cache:
         self.root = root or default_root()
 
     def find(self, stage: str, key: str) -> Entry | None:
-        """The finished stage, or None."""
-        return _read(self.root / stage / key[:32], reused=True)
+        """The finished stage; None where there is none, or a file of it is not what was written."""
+        found = _read(self.root / stage / key[:32], reused=True)
+        return found if found and found.is_intact() else None
 
     @contextlib.contextmanager
     def writing(self, stage: str, key: str) -> Iterator[Path]:
-        """An empty folder that becomes the entry `key` of `stage` when the block ends without an error."""
+        """An empty folder that becomes the entry `key` of `stage` when the block ends without an error.
+
+        Where another process finished the same stage meanwhile, its entry stays: somebody may be reading it.
+        """
         started = time.monotonic()
-        with atomic_folder(self.root / stage / key[:32]) as folder:
-            yield folder
-            record = {"stage": stage, "key": key, "measured_at": now(), "seconds": time.monotonic() - started}
-            (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+        try:
+            with atomic_folder(self.root / stage / key[:32]) as folder:
+                yield folder
+                record = {
+                    "stage": stage,
+                    "key": key,
+                    "measured_at": now(),
+                    "seconds": time.monotonic() - started,
+                    "files": {str(path.relative_to(folder)): sha256_file(path) for path in _files(folder)},
+                }
+                (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+                if self.find(stage, key):
+                    raise _FinishedElsewhereError
+        except _FinishedElsewhereError:
+            pass
+        except OutputError as error:
+            hint = "free space there, or choose another cache: export LORA2EDGE_CACHE=FOLDER"
+            raise OutputError(error.code, error.what, why=error.why, hint=hint) from error
 
     def entry(self, stage: str, key: str) -> Entry:
         """The entry that was just written."""
@@ -120,6 +151,12 @@ def code_hash() -> str:
 def _read(folder: Path, *, reused: bool) -> Entry | None:
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return Entry(
+            folder, record["stage"], record["key"], record["measured_at"], record["seconds"], reused, record["files"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Entry(folder, record["stage"], record["key"], record["measured_at"], record["seconds"], reused)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

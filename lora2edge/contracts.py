@@ -196,6 +196,10 @@ class Calibration(Protocol):
 # ---------------------------------------------------------------- artifacts
 
 
+MANIFEST = "manifest.json"
+"""The manifest's file name in an artifact's folder."""
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What an artifact is made of: deterministic; no time, absolute path, host name or figure."""

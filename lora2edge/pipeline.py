@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora2edge.artifact import RECORD, find_artifact, open_artifact, read_record, write_manifest
+from lora2edge.artifact import RECORD, find_artifact, is_intact, open_artifact, read_record, write_manifest
 from lora2edge.backends.hf import open_baseline, open_merged
 from lora2edge.bench.interleave import bench
 from lora2edge.bench.machine import fingerprint
@@ -108,7 +108,7 @@ class Pipeline:
         """The artifact in `folder`, whole; kept where it already is what this plan would write."""
         key = self.lower_key(target, calibration)
         found = find_artifact(folder, key)
-        if found is not None:
+        if found is not None and is_intact(found):
             return self._note("lower", _lowered(folder, key, reused=True), target)
         with atomic_folder(folder) as partial:
             request = {
@@ -142,7 +142,7 @@ class Pipeline:
             "seed": self.plan.recipe.seed,
             **session,
         }
-        key = [open_artifact(artifact).manifest.key, reference.key, session]
+        key = [self._identity(artifact), reference.key, session]
         return self._cached("measure", key, lambda _: run_stage(request, self.progress, target.python), target)
 
     def bench(self, target: Target, artifact: Path, texts: Texts) -> Finished:
@@ -161,7 +161,7 @@ class Pipeline:
             }
 
         key = [
-            open_artifact(artifact).manifest.key,
+            self._identity(artifact),
             samples_digest(texts.test),
             [scenario.model_dump(mode="json") for scenario in scenarios],
             [fingerprint(), plan.device, plan.threads, dtype],
@@ -220,6 +220,11 @@ class Pipeline:
             }
         )
         return finished
+
+    def _identity(self, artifact: Path) -> list[Any]:
+        """What an artifact's figures are keyed by: what it was made from, and what its files hold."""
+        manifest = open_artifact(artifact).manifest
+        return [manifest.key, dict(manifest.files)]
 
     def _session(self, samples: list[Sample]) -> dict[str, Any]:
         longest = max(len(sample.ids) for sample in samples)

@@ -13,17 +13,16 @@ from typing import Any, TypeVar
 from lora2edge.adapters import Adapter, MergedCheckpoint, merge, read_adapter
 from lora2edge.backends.base import load_backend
 from lora2edge.bench.machine import available
+from lora2edge.bench.scenario import load_scenario
 from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
-from lora2edge.contracts import Estimate, Machine
-from lora2edge.errors import InputError, MissingExtraError, OutputError, Refusals, TargetError, refuse
+from lora2edge.contracts import MANIFEST, Estimate, Machine, Manifest
+from lora2edge.errors import CheckpointError, InputError, MissingExtraError, OutputError, Refusals, TargetError, refuse
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target, load_target
 from lora2edge.texts import read_items
 
 T = TypeVar("T")
 
-_MARKS = ("recipe.resolved.yaml", "manifest.json")
-"""A folder that holds one of these is ours."""
 ANSWER_TOKENS = 64
 """Room for a generated answer, beside the longest sample."""
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -102,6 +101,9 @@ def plan_build(
         loaded = [_try(errors, partial(load_target, name)) for name in recipe.targets]
         targets = [target for target in loaded if target]
     _check_names(targets, errors)
+    for target in targets:
+        for name in target.scenarios:
+            _try(errors, partial(load_scenario, name))
     if out is not None:
         _try(errors, partial(check_out, out, force=force))
     for path in _data_files(recipe):
@@ -109,15 +111,9 @@ def plan_build(
     if recipe.data is not None:
         _try(errors, _check_torch)
     adapter = _try(errors, partial(read_adapter, recipe.adapter)) if recipe.adapter else None
-    base_name = recipe.base or (adapter.base_model_name_or_path if adapter else None)
-    if base_name is None:
-        if not errors:
-            errors.append(
-                InputError("no-base", "there is no base checkpoint", why="neither --base nor the adapter names one",
-                           hint="--base FOLDER")
-            )  # fmt: skip
-        raise Refusals(errors) if len(errors) > 1 else errors[0]
-    base = _try(errors, partial(open_checkpoint, base_name))
+    base = None
+    if recipe.base or adapter or not recipe.adapter:  # an adapter that cannot be read names no base
+        base = _try(errors, partial(_open_base, recipe.base, adapter))
     if base is None or (recipe.adapter and adapter is None):
         refuse(errors)
     assert base is not None
@@ -156,12 +152,10 @@ def plan_build(
 
 
 def check_out(out: Path, *, force: bool) -> None:
-    """Refuses a folder that is not empty and was not written by us, unless `force`. Raises OutputError."""
-    if not out.exists() or force:
+    """Refuses a folder that is not empty and was not written by a build, unless `force`. Raises OutputError."""
+    if not _occupied(out) or force:
         return
-    if not out.is_dir():
-        raise OutputError("out-is-file", f"{out} is a file", why="--out names a folder", hint=f"--out {out}.d")
-    if any(out.iterdir()) and not any((out / mark).exists() for mark in _MARKS):
+    if not (out / "recipe.resolved.yaml").exists() and not _holds_artifacts_only(out):
         raise OutputError(
             "out-not-ours",
             f"{out} is not empty and was not written by lora2edge",
@@ -170,14 +164,83 @@ def check_out(out: Path, *, force: bool) -> None:
         )
 
 
+def check_replaceable(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
+    """The same for a folder that is replaced whole: only an artifact may be, or anything with `force`.
+
+    Never one that an input lies in. Raises OutputError.
+    """
+    if any(path.resolve().is_relative_to(out.resolve()) for path in inputs):
+        raise OutputError(
+            "out-is-input",
+            f"{out} holds what is read",
+            why="it is replaced by what is written",
+            hint="choose another folder with --out",
+        )
+    if _occupied(out) and not force and not _is_artifact(out):
+        raise OutputError(
+            "out-not-ours",
+            f"{out} is not empty and was not written by lora2edge merge",
+            why="it would be replaced, with all that is in it",
+            hint=f"choose an empty folder, or remove {out} with --force",
+        )
+
+
+def _occupied(out: Path) -> bool:
+    """Whether there is anything at `out`. Raises OutputError where it is a file."""
+    if out.exists() and not out.is_dir():
+        raise OutputError("out-is-file", f"{out} is a file", why="--out names a folder", hint=f"--out {out}.d")
+    return out.exists() and any(out.iterdir())
+
+
+def _holds_artifacts_only(out: Path) -> bool:
+    """What `lower` leaves; nothing in its one folder where it failed."""
+    if [path.name for path in out.iterdir()] != ["artifacts"]:
+        return False
+    return all(_is_artifact(path) for path in out.glob("artifacts/*") if not path.name.startswith("."))
+
+
+def _is_artifact(folder: Path) -> bool:
+    try:
+        Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _open_base(name: str | None, adapter: Adapter | None) -> StoredCheckpoint:
+    """The base that was asked for, or the one that the adapter names, at the revision that it names."""
+    if name is not None:
+        return open_checkpoint(name)
+    named = adapter.base_model_name_or_path if adapter else None
+    if adapter is None or named is None:
+        raise InputError(
+            "no-base",
+            "there is no base checkpoint",
+            why="neither --base nor the adapter names one",
+            hint="--base FOLDER",
+        )
+    revision = f"@{adapter.revision}" if adapter.revision and not Path(named).is_dir() else ""
+    try:
+        return open_checkpoint(named + revision)
+    except CheckpointError as error:
+        if error.code != "no-checkpoint":
+            raise
+        raise CheckpointError(
+            error.code,
+            f"the base that the adapter names is not there: {named}{revision}",
+            why=error.why,
+            hint="say where it is: --base FOLDER",
+        ) from error
+
+
 def _try(errors: list[InputError], action: Callable[[], T]) -> T | None:
-    """The action's result; None when it refuses, and the refusal is kept."""
+    """The action's result; None when it refuses, and the refusal is kept (once: targets share their refusals)."""
     try:
         return action()
-    except Refusals as several:
-        errors.extend(several.errors)
     except InputError as error:
-        errors.append(error)
+        found = error.errors if isinstance(error, Refusals) else (error,)
+    known = {str(error) for error in errors}
+    errors.extend(error for error in found if str(error) not in known)
     return None
 
 
@@ -233,7 +296,7 @@ def _check_disk(estimates: dict[str, Estimate], machine: Machine, out: Path | No
         errors.append(
             OutputError(
                 "disk-full",
-                f"the artifacts need {needed / 1e9:.2f} GB, {machine.disk_bytes / 1e9:.2f} GB are free at {out}",
+                f"the artifacts need {needed / 1e6:,.1f} MB, {machine.disk_bytes / 1e6:,.1f} MB are free at {out}",
                 why="an artifact is written whole or not at all",
                 hint="free space, or choose another disk with --out",
             )

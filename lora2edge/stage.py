@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from lora2edge.contracts import CheckpointRef, Progress
-from lora2edge.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, GateError, InputError, Lora2EdgeError
+from lora2edge.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    GateError,
+    InputError,
+    Lora2EdgeError,
+    MissingExtraError,
+)
+from lora2edge.storage import writing
 
 # ---------------------------------------------------------------- the parent's end
 
@@ -28,21 +37,26 @@ from lora2edge.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, GateError, Inp
 def run_stage(request: Mapping[str, Any], progress: Progress, python: str | None = None) -> dict[str, Any]:
     """Runs `request` in a child process and returns its result.
 
-    Raises the child's own Lora2EdgeError; RuntimeError with the child's words when it dies of anything else.
-    Interrupting the parent ends the child.
+    Raises the child's own Lora2EdgeError; where it dies of anything else, one with its last words. Interrupting the
+    parent ends the child.
     """
     with tempfile.TemporaryDirectory(prefix="lora2edge-") as folder:
         path = Path(folder) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
         errors_path = Path(folder) / "stderr"
         with errors_path.open("wb") as errors:
-            child = subprocess.Popen(
-                stage_command(path, python),
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
+            try:
+                child = subprocess.Popen(
+                    stage_command(path, python),
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise InputError(
+                    "stage-python", f"cannot run {python}", why=str(error), hint="mend `python:` in the target's file"
+                ) from error
             try:
                 assert child.stdout is not None
                 result = _follow(child.stdout, progress)
@@ -50,9 +64,28 @@ def run_stage(request: Mapping[str, Any], progress: Progress, python: str | None
             finally:
                 _end(child)
         if result is None:
-            words = errors_path.read_text(encoding="utf-8", errors="replace")[-4000:]
-            raise RuntimeError(f"the {request['stage']} stage died with exit status {child.returncode}\n{words}")
+            words = errors_path.read_text(encoding="utf-8", errors="replace")
+            raise _death(request["stage"], child.returncode, words, python)
         return result
+
+
+def _death(stage: str, status: int, words: str, python: str | None) -> Lora2EdgeError:
+    """The error for a child that left without a result: killed from outside, or a bug, whose traceback is told."""
+    why = words[-4000:].strip() or "it said nothing"
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = "the machine may have run out of memory: look at `dmesg | tail`" if name == "SIGKILL" else ""
+        return InputError("stage-killed", f"the {stage} stage was killed by {name}", why=why, hint=hint)
+    if python and "No module named" in why:
+        return MissingExtraError(
+            "stage-python",
+            f"{python} cannot run the {stage} stage",
+            why=why.splitlines()[-1],
+            hint=f"{python} -m pip install lora2edge, with the backend's extra",
+        )
+    return Lora2EdgeError(
+        "stage-died", f"the {stage} stage ended with exit status {status}", why=why, hint="report this, it is a bug"
+    )
 
 
 def stage_command(request: Path, python: str | None = None) -> list[str]:
@@ -139,7 +172,9 @@ def _lower(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     target = Target.model_validate(request["target"])
     checkpoint = open_view(CheckpointRef.from_json(request["checkpoint"]))
     calibration = open_calibration(Path(request["calibration"])) if request["calibration"] else None
-    lowered = load_backend(target.backend).lower(checkpoint, target, calibration, Path(request["out"]), progress)
+    out = Path(request["out"])
+    with writing(out.parent):
+        lowered = load_backend(target.backend).lower(checkpoint, target, calibration, out, progress)
     return {"versions": dict(lowered.versions), "notes": dict(lowered.notes)}
 
 

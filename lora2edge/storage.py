@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -96,23 +97,74 @@ def write_json(path: Path, data: Any) -> None:
     write_atomic(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of `folder`, which is made where it is missing, until the block ends.
+
+    Nothing is left behind, however the process ends: the lock is the kernel's (flock(2) on the folder itself). Raises
+    OutputError where another process holds it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                "out-busy",
+                f"another lora2edge writes to {folder}",
+                why="two at once would take each other's files for their own",
+                hint="wait for it, or choose another folder with --out",
+            ) from error
+        except OSError as error:  # network file systems without locks
+            if error.errno not in {errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL}:
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
 def _replace(partial: Path, path: Path) -> None:
     """A folder that holds files cannot be replaced in one step: the old one steps aside first."""
-    if path.exists():
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        path.replace(old)
-        partial.replace(path)
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(old)
+            try:
+                partial.replace(path)
+                return
+            except OSError as error:
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                    raise
+                # Another process has put its own there since.
+                shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not path.exists():
+            old.replace(path)
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.replace(path)
 
 
 def _sweep(path: Path) -> None:
     """Removes what a killed process (no longer alive) left beside `path`."""
     for left in path.parent.glob(f".{path.name}.*.*"):
         parts = left.name.rsplit(".", 2)
-        if parts[-1] in {"partial", "old"} and parts[-2].isdigit() and not Path(f"/proc/{parts[-2]}").exists():
+        if parts[-1] in {"partial", "old"} and parts[-2].isdigit() and not _lives(int(parts[-2])):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether another process has this number. Our own was that of a dead one: in containers numbers repeat."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _fsync(path: Path) -> None:

@@ -51,7 +51,7 @@ class Target(BaseModel):
         default_factory=dict
     )
     scenarios: list[str] = Field(default_factory=lambda: ["chat"])
-    """Load patterns that the speed is measured with: shipped names, or YAML files."""
+    """Load patterns that the speed is measured with: shipped names, or YAML files, relative to this one."""
     python: str | None = None
     """Another interpreter for this target's lowering and sessions."""
 
@@ -64,7 +64,7 @@ class Target(BaseModel):
 def load_target(name: str) -> Target:
     """The shipped target `name`, or the user's file where `name` is a path. Raises TargetError."""
     path = Path(name)
-    if path.suffix in {".yaml", ".yml"} and ("/" in name or path.exists()):
+    if path.suffix in {".yaml", ".yml"}:
         return _read(path, default_name=path.stem.lower())
     known = shipped_targets()
     resolved = name if name in known else _DEFAULTS.get(name, name)
@@ -86,7 +86,18 @@ def shipped_targets() -> dict[str, Path]:
 
 
 def _read(path: Path, default_name: str) -> Target:
-    return validate(Target, {"name": default_name, **load_yaml(path)}, str(path), "target-keys")
+    data = {"name": default_name, **load_yaml(path)}
+    scenarios = data.get("scenarios")
+    if isinstance(scenarios, list):
+        data["scenarios"] = [_beside(path, name) for name in scenarios]
+    return validate(Target, data, str(path), "target-keys")
+
+
+def _beside(path: Path, scenario: Any) -> Any:
+    """A scenario that is the user's own file: its path is taken from the folder of the target's file."""
+    if isinstance(scenario, str) and scenario.endswith((".yaml", ".yml")):
+        return str((path.resolve().parent / scenario).resolve())
+    return scenario
 
 
 _DEFAULTS = {"gguf": "gguf/q4_k_m", "hf": "hf/merged"}

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge.adapters import read_adapter
-from lora2edge.artifact import lower_here, open_artifact
+from lora2edge.artifact import is_intact, lower_here, open_artifact
 from lora2edge.bench.machine import describe
 from lora2edge.cache import Cache
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Artifact, Progress
 from lora2edge.errors import InputError
-from lora2edge.pipeline import Pipeline
-from lora2edge.plan import Plan, plan_build
+from lora2edge.pipeline import Finished, Pipeline
+from lora2edge.plan import Plan, check_replaceable, plan_build
 from lora2edge.quality import judge
 from lora2edge.recipe import Recipe, load_recipe
+from lora2edge.storage import alone_in
 from lora2edge.target import Target, load_target
 from lora2edge.texts import Renderer, Texts, load_calibration, load_texts
 
@@ -27,7 +28,8 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
     """
     if prove and recipe.data is None:
         raise InputError("no-data", "--prove needs text", why="it compares on it", hint="--prove --data FILE.jsonl")
-    plan = plan_build(recipe, [load_target("hf/merged")], out=out, force=force)
+    plan = plan_build(recipe, [load_target("hf/merged")], out=out, force=True)
+    check_replaceable(out, [Path(plan.base_path), *(adapter.path for adapter in plan.adapters)], force=force)
     result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors)}
     if prove:
         result["merge"] = Pipeline(plan, Cache(), progress).prove(_calibration_texts(plan)).result
@@ -43,23 +45,21 @@ def lower_all(recipe: Recipe, *, force: bool, progress: Progress) -> list[dict[s
     out = Path(recipe.out)
     plan = plan_build(recipe, out=out, force=force)
     pipeline = Pipeline(plan, Cache(), progress)
-    calibration = pipeline.calibrate(_calibration_texts(plan)) if recipe.data is not None else None
-    rows = []
-    for target in plan.targets:
-        folder = out / "artifacts" / target.folder
-        lowered = pipeline.lower(target, calibration, folder)
-        rows.append(
-            {
-                "target": target.name,
-                "artifact": str(folder),
-                "size_bytes": open_artifact(folder).size_bytes,
-                "reused": lowered.reused,
-                "seconds": lowered.result["seconds"],
-                "cpu_seconds": lowered.result["cpu_seconds"],
-                "peak_rss_bytes": lowered.result["peak_rss_bytes"],
-            }
-        )
-    return rows
+    with alone_in(out):
+        calibration = pipeline.calibrate(_calibration_texts(plan)) if recipe.data is not None else None
+        return [_lower_one(pipeline, target, calibration, out) for target in plan.targets]
+
+
+def _lower_one(pipeline: Pipeline, target: Target, calibration: Finished | None, out: Path) -> dict[str, Any]:
+    folder = out / "artifacts" / target.folder
+    lowered = pipeline.lower(target, calibration, folder)
+    return {
+        "target": target.name,
+        "artifact": str(folder),
+        "size_bytes": open_artifact(folder).size_bytes,
+        "reused": lowered.reused,
+        **{name: lowered.result[name] for name in ("seconds", "cpu_seconds", "peak_rss_bytes")},
+    }
 
 
 def measure_artifact(path: Path, options: dict[str, Any], *, progress: Progress) -> dict[str, Any]:
@@ -141,6 +141,13 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
     if recipe.data is None:
         raise InputError(
             "no-data", "there is no text to measure on", why=f"{resolved} does not exist", hint="--data FILE.jsonl"
+        )
+    if not is_intact(artifact):
+        raise InputError(
+            "artifact-changed",
+            f"{path} does not hold what its manifest says",
+            why="the sha256 of a file differs: it was damaged or changed since it was built",
+            hint="build it again",
         )
     stored = dict(artifact.manifest.options)
     stored["scenarios"] = scenarios or stored["scenarios"] or ["chat"]

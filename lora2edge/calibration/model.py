@@ -25,6 +25,7 @@ def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> 
     rows are used as they are. Raises CheckpointError where a tensor has no place in the model, has another shape,
     or a parameter of the model is not in the checkpoint; UnsupportedError for an unknown architecture.
     """
+    require_torch()
     import torch
 
     model = _empty_model(view, dtype, device)
@@ -53,6 +54,21 @@ def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> 
             hint="the folder is incomplete, or config.json names another architecture: fetch the checkpoint again",
         )
     return model.eval()
+
+
+def require_torch() -> None:
+    """Raises MissingExtraError where PyTorch, transformers or PEFT is installed and does not load."""
+    try:
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except Exception as error:  # a broken install raises anything
+        raise MissingExtraError(
+            "broken-extra",
+            "PyTorch, transformers or PEFT does not load",
+            why=f"{type(error).__name__}: {error}",
+            hint="pip install --force-reinstall 'lora2edge[torch]'",
+        ) from error
 
 
 @contextlib.contextmanager

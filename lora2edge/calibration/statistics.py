@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora2edge.calibration.model import build_model
+from lora2edge.calibration.model import build_model, require_torch
 from lora2edge.calibration.stored import StoredCalibration, store
 from lora2edge.contracts import Checkpoint, Progress, Sample
 from lora2edge.errors import DataError
@@ -25,6 +25,7 @@ def calibrate(
     float32 and summed in float64. The output layer is covered too. Raises DataError where a layer saw no token or
     a statistic is not finite.
     """
+    require_torch()
     import torch
 
     torch.set_num_threads(threads)

@@ -46,6 +46,7 @@ class StoredCheckpoint:
         self._task = task
         self._reader = reader
         self._tokenizer = TokenizerFiles(tokenizer_files(source.folder))
+        self._hashes: dict[str, str] | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -90,10 +91,12 @@ class StoredCheckpoint:
         return {"shards": shards, "files": {path.name: sha256_file(path) for path in self._small_files()}}
 
     def file_hashes(self) -> dict[str, str]:
-        """File name → sha256 of every file that is used, weights included."""
-        paths = [*self._small_files(), *(self.path / name for name in self._reader.headers)]
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            return dict(zip((path.name for path in paths), pool.map(sha256_file, paths), strict=True))
+        """File name → sha256 of every file that is used, weights included; each is read once, however often asked."""
+        if self._hashes is None:
+            paths = [*self._small_files(), *(self.path / name for name in self._reader.headers)]
+            with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+                self._hashes = dict(zip((path.name for path in paths), pool.map(sha256_file, paths), strict=True))
+        return dict(self._hashes)
 
     def _small_files(self) -> list[Path]:
         own = [self.path / name for name in ("config.json", INDEX) if (self.path / name).is_file()]

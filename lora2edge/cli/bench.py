@@ -22,7 +22,13 @@ from lora2edge.cli.options import (
 @click.argument("artifact", type=click.Path(path_type=Path))
 @model_options
 @data_option
-@click.option("--scenario", "scenarios", multiple=True, metavar="NAME|FILE", help="Default: the target's own.")
+@click.option(
+    "--scenario",
+    "scenarios",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Default: the target's own, where shipped; else chat.",
+)
 @run_options
 @json_option
 def command(artifact: Path, data: Path | None, scenarios: tuple[str, ...], as_json: bool, **options: Any) -> None:

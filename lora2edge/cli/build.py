@@ -48,15 +48,14 @@ def command(
 
     RECIPE.yaml holds the same fields as the options, which override it.
     """
-    from lora2edge.build import build, describe_plan
-    from lora2edge.plan import plan_build
+    from lora2edge.build import build, describe_plan, plan_whole
     from lora2edge.recipe import load_recipe
     from lora2edge.report.terminal import print_plan, print_summary
 
     merged = {**options, "targets": list(targets) or None, "data": text(data), "out": text(out)}
     loaded = load_recipe(recipe, merged)
     if plan_only:
-        plan = describe_plan(plan_build(loaded, out=Path(loaded.out) if loaded.out else None, force=force))
+        plan = describe_plan(plan_whole(loaded, force=force)[0])
         print_json(plan) if as_json else print_plan(plan)
         return 0
     with progress_shown(as_json) as progress:

@@ -38,9 +38,10 @@ def list_entries(as_json: bool) -> None:
 
 @command.command("prune")
 @click.option("--older-than", type=float, default=30.0, show_default=True, metavar="DAYS", help="0 removes all.")
-def prune(older_than: float) -> None:
+@json_option
+def prune(older_than: float, as_json: bool) -> None:
     """Remove finished stages that are older."""
     from lora2edge.cache import Cache
 
-    removed = Cache().prune(older_than)
-    click.echo(f"removed {len(removed)} stages")
+    removed = len(Cache().prune(older_than))
+    print_json({"removed": removed}) if as_json else click.echo(f"removed {removed} stages")

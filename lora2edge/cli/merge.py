@@ -9,7 +9,6 @@ import click
 
 from lora2edge.cli.options import (
     data_option,
-    force_option,
     json_option,
     model_options,
     print_json,
@@ -25,7 +24,7 @@ from lora2edge.cli.options import (
 @click.option("--prove", is_flag=True, help="Compare with the live adapter in PyTorch; needs --data.")
 @data_option
 @run_options
-@force_option
+@click.option("--force", is_flag=True, help="Replace a folder that is not empty and not a merged checkpoint.")
 @json_option
 def command(out: Path, prove: bool, data: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Write base + adapter as one safetensors checkpoint, streaming; every adapted tensor is checked."""

@@ -69,8 +69,14 @@ def progress_shown(as_json: bool) -> Iterator[Progress]:
 
 
 def print_json(data: Any) -> None:
-    """One JSON object on standard output."""
-    click.echo(json.dumps(data, ensure_ascii=False))
+    """One JSON object on standard output; null for figures that are not finite, which JSON cannot hold."""
+    try:
+        line = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        from lora2edge.report.write import finite
+
+        line = json.dumps(finite(data)[0], ensure_ascii=False)
+    click.echo(line)
 
 
 def text(path: Path | None) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 from lora2edge.report.render import render_html, render_markdown
 from lora2edge.storage import write_atomic, write_json
 
+REPORTS = ("report.json", "report.html", "report.md")
+
 
 def write_report(report: Mapping[str, Any], out: Path) -> None:
     """Writes `report.json` (schema.py), `report.html` and `report.md` into `out`, each whole or not at all.

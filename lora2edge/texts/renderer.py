@@ -45,11 +45,12 @@ class Renderer:
                 hint="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one",
             )
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer.files["tokenizer.json"]))
+            self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(tokenizer.files["tokenizer.json"]))
+            """The tokenizers library's own object, without padding and truncation."""
         except Exception as error:  # the Rust library raises plain Exception
             raise CheckpointError("broken-tokenizer", "tokenizer.json cannot be read", why=str(error)) from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
         self._config = _json(tokenizer, "tokenizer_config.json")
         self._generation = _json(tokenizer, "generation_config.json")
         self._markers = {
@@ -81,14 +82,14 @@ class Renderer:
     @property
     def vocabulary(self) -> int:
         """Highest token id + 1."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return int(max(self.tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Where generation stops: the marker that the template ends an assistant's turn with, the tokenizer's
         `eos_token`, and `eos_token_id` of generation_config.json. The first is the one that a response ends with.
         """
-        found = [self._turn_end(), self._tokenizer.token_to_id(self._variables.get("eos_token", ""))]
+        found = [self._turn_end(), self.tokenizer.token_to_id(self._variables.get("eos_token", ""))]
         stored = self._generation.get("eos_token_id")
         found += stored if isinstance(stored, list) else [stored]
         return tuple(dict.fromkeys(int(token) for token in found if token is not None))
@@ -107,7 +108,7 @@ class Renderer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def sample(self, item: Item) -> Sample:
         """`item`, tokenized: the prompt with its generation prompt, then the response up to its end marker.
@@ -143,7 +144,7 @@ class Renderer:
             return self._encode_bare("\n".join(message["content"] for message in messages))
         if not holds_marker(messages, self.markers):
             text = template.render(messages, add_generation_prompt=generation_prompt)
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
         return list(self._encode_pieces(template, messages, generation_prompt))
 
     def _encode_bare(self, text: str) -> list[int]:

@@ -153,7 +153,7 @@ def _none_left(side: str, source: str, available: int, too_long: int, max_length
     why = (
         f"all {too_long} are longer than {max_length} tokens"
         if too_long
-        else "with one data file 20 % of the prompts are for the test, chosen by a hash"
+        else "20 % of the prompts of one data file are for the test, chosen by a hash: here all fell on one side"
         if available == 0
         else "no token was asked for"
     )
@@ -161,5 +161,5 @@ def _none_left(side: str, source: str, available: int, too_long: int, max_length
         f"no-{side}-text",
         f"{source} leaves no {side} sample",
         why=why,
-        hint="give more, shorter or separate items",
+        hint="give more, shorter or separate items, or two files in a recipe: `data: {calibration: A, test: B}`",
     )

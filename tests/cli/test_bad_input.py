@@ -36,7 +36,7 @@ def build(
     run: Run,
     model: Model,
     out: Path,
-    *,
+    *more: str,
     base: Path | None = None,
     adapter: Path | None = None,
     target: str | Path = "gguf/q8_0",
@@ -44,7 +44,7 @@ def build(
 ) -> Outcome:
     arguments = {"base": base or model.base, "adapter": adapter or model.adapter, "target": target,
                  "data": data or model.data, "out": out}  # fmt: skip
-    return run("build", *(part for name, value in arguments.items() for part in (f"--{name}", value)))
+    return run("build", *(part for name, value in arguments.items() for part in (f"--{name}", value)), *more)
 
 
 @pytest.fixture
@@ -163,9 +163,99 @@ def test_all_problems_at_once(lora2edge: Run, model: Model, out: Path, adapter: 
 
 
 def test_error_as_json(lora2edge: Run, model: Model, out: Path) -> None:
-    outcome = lora2edge("build", "--base", model.base, "--target", "gguf/q9", "--out", out, "--json")
+    outcome = build(lora2edge, model, out, "--json", target="gguf/q9")
     assert outcome.code == 2
     assert json.loads(outcome.out)["error"]["code"] == "unknown-target"
+
+
+def test_usage_error_as_json(lora2edge: Run) -> None:
+    for arguments in (["build", "--frob", "--json"], ["frob", "--json"], ["measure", "--json"]):
+        outcome = lora2edge(*arguments)
+        assert outcome.code == 2
+        assert json.loads(outcome.out)["error"]["code"] == "usage" and outcome.err == ""
+
+
+@pytest.mark.parametrize("scenario", ["gone.yaml", "chatt"])
+def test_missing_scenario_is_refused_in_the_plan(
+    lora2edge: Run, model: Model, out: Path, tmp_path: Path, scenario: str
+) -> None:
+    target = tmp_path / "mine.yaml"
+    target.write_text(f"name: mine\nbackend: gguf\nprecision: q8_0\nscenarios: [{scenario}]\n")
+    outcome = build(lora2edge, model, out, "--plan", target=target)
+    assert outcome.code == 2 and ("unknown-scenario" in outcome.err or "yaml-unreadable" in outcome.err)
+
+
+def test_scenario_lies_beside_its_target(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("new_tokens: 4\n")
+    target = tmp_path / "mine.yaml"
+    target.write_text("name: mine\nbackend: gguf\nprecision: q8_0\nscenarios: [short.yaml]\n")
+    assert build(lora2edge, model, out, "--plan", target=target).code == 0
+
+
+def test_shared_refusal_is_told_once(lora2edge: Run, model: Model, out: Path, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    config["architectures"] = ["FalconForCausalLM"]
+    (base / "config.json").write_text(json.dumps(config))
+    refused(build(lora2edge, model, out, "--target", "gguf/q4_0", base=base), "gguf-architecture", out)
+
+
+def test_no_test_prompt_leaves_nothing(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
+    data = tmp_path / "same.jsonl"
+    data.write_text('{"prompt": "the same", "response": "b"}\n{"prompt": "the same", "response": "c"}\n')
+    refused(build(lora2edge, model, out, data=data), "no-test-text", out)
+
+
+def test_base_that_the_adapter_names_is_gone(lora2edge: Run, model: Model, out: Path, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "/gone/base", "revision": "abc"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    options = ["--adapter", adapter, "--target", "gguf/q8_0", "--data", model.data, "--out", out]
+    text = refused(lora2edge("build", *options), "no-checkpoint", out)
+    assert "/gone/base@abc" in text and "--base" in text
+
+
+def test_merge_never_takes_a_folder_away(lora2edge: Run, model: Model, base: Path, tmp_path: Path) -> None:
+    foreign, built = tmp_path / "foreign", tmp_path / "built"
+    for folder, name in ((foreign, "thesis.tex"), (built, "recipe.resolved.yaml")):
+        folder.mkdir()
+        (folder / name).write_text("x")
+        outcome = lora2edge("merge", "--base", base, "--adapter", model.adapter, "--out", folder)
+        assert outcome.code == 2 and "error[out-not-ours]" in outcome.err and (folder / name).exists()
+    for folder in (base, base.parent):
+        outcome = lora2edge("merge", "--base", base, "--adapter", model.adapter, "--out", folder, "--force")
+        assert outcome.code == 2 and "error[out-is-input]" in outcome.err and (base / "config.json").exists()
+
+
+def test_damaged_artifact_is_not_measured(lora2edge: Run, model: Model, out: Path) -> None:
+    options = ["--base", model.base, "--adapter", model.adapter, "--target", "gguf/q8_0", "--out", out]
+    assert lora2edge("lower", *options).code == 0
+    assert json.loads(lora2edge("lower", "--json", *options).out)[0]["reused"]
+    file = out / "artifacts" / "gguf-q8_0" / "model.gguf"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    outcome = lora2edge("measure", file.parent, "--base", model.base, "--adapter", model.adapter, "--data", model.data)
+    assert outcome.code == 2 and "error[artifact-changed]" in outcome.err
+    assert not json.loads(lora2edge("lower", "--json", *options).out)[0]["reused"]
+
+
+def test_stage_that_dies_stops_its_target_only(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
+    """An interpreter that kills itself, as the kernel does when memory runs out."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    target = tmp_path / "mine.yaml"
+    target.write_text(f"name: mine\nbackend: gguf\nprecision: q8_0\npython: {python}\n")
+    gone = tmp_path / "gone.yaml"
+    gone.write_text("name: gone\nbackend: gguf\nprecision: q8_0\npython: /no/such/python\n")
+    (out / "artifacts" / "mine").mkdir(parents=True)  # of an earlier build
+    (out / "recipe.resolved.yaml").write_text("")
+    outcome = build(lora2edge, model, out, "--json", "--no-bench", "--target", str(gone), target=target)
+    assert outcome.code == 2, outcome.err
+    targets = json.loads(outcome.out)["targets"]
+    assert targets["mine"]["error"]["code"] == "stage-killed" and "SIGKILL" in targets["mine"]["error"]["what"]
+    assert targets["gone"]["error"]["code"] == "stage-python"
+    assert not (out / "artifacts" / "mine").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not Path("/dev/full").exists(), reason="needs Linux")

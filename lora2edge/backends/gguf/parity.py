@@ -113,16 +113,12 @@ def check_tokenizer(
 
     Compared are the rendered prompt and the response of each of the user's `items`, and the ordinary probes, rendered.
     """
-    import tokenizers
 
     from lora2edge.texts import Renderer
 
     renderer = Renderer(files)
-    tokenizer = tokenizers.Tokenizer.from_file(str(files.files["tokenizer.json"]))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     with open_vocabulary(path, library) as vocabulary:
-        return compare_tokenizers(tokenizer, vocabulary, _texts(renderer, items), strict=strict)
+        return compare_tokenizers(renderer.tokenizer, vocabulary, _texts(renderer, items), strict=strict)
 
 
 def compare_tokenizers(

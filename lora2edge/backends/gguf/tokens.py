@@ -114,18 +114,21 @@ class Vocabulary:
         return tuple(self._markers)
 
     @functools.cached_property
-    def _markers(self) -> dict[str, int]:
-        """Text → attributes of the control tokens."""
+    def _markers(self) -> dict[str, tuple[int, int]]:
+        """Text → id and attributes of the control tokens."""
+        _ = self.model
         attributes_of = self._c.llama_vocab_get_attr
-        found = {text: attributes_of(self._vocab, index) for text, index in self._ids.items()}
-        return {text: attributes for text, attributes in found.items() if attributes & (CONTROL | UNKNOWN)}
+        attributes = ((index, attributes_of(self._vocab, index)) for index in range(self.size))
+        return {self._text(index): (index, found) for index, found in attributes if found & (CONTROL | UNKNOWN)}
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
         _ = self.model
-        text_of = self._c.llama_vocab_get_text
-        texts = (text_of(self._vocab, index).decode("utf-8", "replace") for index in range(self.size))
-        return {text: index for index, text in enumerate(texts)}
+        return {self._text(index): index for index in range(self.size)}
+
+    def _text(self, index: int) -> str:
+        text: bytes = self._c.llama_vocab_get_text(self._vocab, index)
+        return text.decode("utf-8", "replace")
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -150,10 +153,10 @@ class Vocabulary:
             return ([] if begin is None else [int(begin)]) + self.tokenize(text, special=False)
         ids: list[int] = []
         found = pieces(template, messages, self.markers, add_generation_prompt=generation_prompt)
-        attributes = [self._markers[piece.text] if piece.special else 0 for piece in found] + [0]
+        attributes = [self._markers[piece.text][1] if piece.special else 0 for piece in found] + [0]
         for index, piece in enumerate(found):
             if piece.special:
-                ids.append(self._ids[piece.text])
+                ids.append(self._markers[piece.text][0])
                 continue
             text = piece.text
             if index and attributes[index - 1] & RSTRIP:
@@ -185,7 +188,7 @@ class Vocabulary:
     def _variables(self) -> dict[str, str]:
         found = {name: self.metadata(key) for name, key in VARIABLE_KEYS.items()}
         return {
-            name: self._c.llama_vocab_get_text(self._vocab, int(index)).decode("utf-8", "replace")
+            name: self._text(int(index))
             for name, index in found.items()
             if index is not None and 0 <= int(index) < self.size
         }

@@ -151,7 +151,14 @@ def encode(
 ) -> Bytes:
     """The bytes of `rows` in the type: `[bytes]` uint8. Raises CheckpointError for what the type cannot hold."""
     peak = float(max(rows.max(), -rows.min()))  # NaN and infinity pass through max and min
-    if not peak <= (np.inf if type_name in {"F32", "BF16"} else _LARGEST_HALF) or peak == np.inf:
+    if not np.isfinite(peak):
+        raise CheckpointError(
+            "weight-not-finite",
+            f"{tensor.source or tensor.name} holds NaN or infinity",
+            why="the base is damaged, or the merge left the range of float32",
+            hint="download the base again",
+        )
+    if not peak <= (np.inf if type_name in {"F32", "BF16"} else _LARGEST_HALF):
         raise CheckpointError(
             "weight-range",
             f"{tensor.source or tensor.name} has the weight {peak}",

@@ -1,0 +1,89 @@
+"""Folders that appear whole, alone, and are never lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora2edge.cache import Cache
+from lora2edge.errors import OutputError
+from lora2edge.storage import alone_in, atomic_folder
+
+
+def test_atomic_folder_sweeps_only_what_the_dead_left(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".out.{dead.pid}.partial").mkdir()
+    (tmp_path / f".out.{os.getpid()}.partial").mkdir()  # a container's next process has the same number
+    (tmp_path / f".out.{os.getppid()}.partial").mkdir()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.{os.getppid()}.partial", "out"]
+
+
+def test_atomic_folder_keeps_the_old_one_when_the_block_fails(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with atomic_folder(out) as folder:
+        (folder / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out) as folder:
+        (folder / "file").write_text("new")
+        raise KeyboardInterrupt
+    assert (out / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_atomic_folder_replaces_what_appeared_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with atomic_folder(out) as folder:
+        (folder / "file").write_text("second")
+        out.mkdir()
+        (out / "file").write_text("first")
+    assert (out / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_alone_in_keeps_a_second_process_out(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lora2edge.storage import alone_in\n"
+        "with alone_in(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin is not None and other.stdout is not None
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(OutputError) as caught, alone_in(tmp_path / "out"):
+        pass
+    assert caught.value.code == "out-busy"
+    other.kill()
+    other.communicate()
+    with alone_in(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_damaged_cache_entry_is_not_found(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    for name, damage in (("file", "other"), ("stage.json", "{}"), ("stage.json", "no JSON")):
+        with cache.writing("measure", "0" * 64) as folder:
+            (folder / "file").write_text("figures")
+        found = cache.find("measure", "0" * 64)
+        assert found is not None and found.size_bytes > 0
+        (found.path / name).write_text(damage)
+        assert cache.find("measure", "0" * 64) is None
+
+
+def test_a_cache_entry_that_another_process_finished_stays(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lora2edge.cache import Cache\n"
+        "with Cache(Path(sys.argv[1])).writing('measure', '0' * 64) as folder: (folder / 'file').write_text('first')"
+    )
+    cache = Cache(tmp_path)
+    with cache.writing("measure", "0" * 64) as folder:
+        (folder / "file").write_text("second")
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert (cache.entry("measure", "0" * 64).path / "file").read_text() == "first"
