@@ -15,7 +15,7 @@ from lora2edge.artifact import find_artifact, open_artifact
 from lora2edge.bench.machine import describe
 from lora2edge.cache import Cache, now
 from lora2edge.contracts import Progress
-from lora2edge.errors import EXIT_GATE, EXIT_INCONCLUSIVE, EXIT_OK, InputError, Lora2EdgeError
+from lora2edge.errors import EXIT_GATE, EXIT_INCONCLUSIVE, EXIT_OK, InputError, Lora2EdgeError, ProofError
 from lora2edge.pipeline import Finished, Pipeline
 from lora2edge.plan import Plan, plan_build
 from lora2edge.progress import SILENT
@@ -57,7 +57,12 @@ def build(
             (out / name).unlink(missing_ok=True)
         write_atomic(out / "recipe.resolved.yaml", dump_recipe(recipe))
 
-        proof = pipeline.prove(texts)
+        try:
+            proof = pipeline.prove(texts)
+        except ProofError:
+            for target in plan.targets:  # what an earlier build left is not this merge's
+                _reject(out / "artifacts" / target.folder)
+            raise
         calibration = pipeline.calibrate(texts)
         reference = pipeline.record_baseline(texts)
         targets = {}
@@ -168,6 +173,14 @@ def _withdraw(out: Path, target: Target, key: str) -> None:
         final.rename(waiting)
     else:
         shutil.rmtree(final, ignore_errors=True)
+
+
+def _reject(final: Path) -> None:
+    """Takes the final name from an artifact of an earlier build."""
+    if final.exists():
+        rejected = final.with_name(f"{final.name}.rejected")
+        shutil.rmtree(rejected, ignore_errors=True)
+        final.rename(rejected)
 
 
 def _waiting(final: Path) -> Path:

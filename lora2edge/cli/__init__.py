@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import click
 
@@ -38,39 +39,51 @@ def cli() -> None:
 def main() -> None:
     """Runs the command line; turns our errors into text and an exit code. Anything else is a bug and shows itself."""
     as_json = "--json" in sys.argv
-    # OpenMP threads that wait in a loop bring PyTorch and llama.cpp to a crawl on a machine that does other work too:
-    # a minute's measurement took ten. For this process and the stages that it starts; the user's own setting wins.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signal.signal(signal.SIGTERM, _interrupt)
+    signals: list[int] = []
+
+    def interrupt(signum: int, frame: object) -> None:
+        signals.append(signum)
+        raise KeyboardInterrupt
+
+    # A polite end (systemd, docker stop, a batch system) cleans up as Ctrl-C does.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         status = cli(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except Lora2EdgeError as error:
-        _say(error.as_dict() if as_json else None, str(error))
+        if signals:  # a library that was interrupted while it was imported or loaded raised an error of its own
+            _leave_interrupted(as_json)
+        _say(error, as_json)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         if as_json:
-            _say(Lora2EdgeError("usage", error.format_message()).as_dict(), "")
+            _say(Lora2EdgeError("usage", error.format_message()), as_json)
         else:
             error.show()
         sys.exit(EXIT_INPUT)
     except (KeyboardInterrupt, click.Abort):
-        words = "finished stages are kept, the same command goes on from there"
-        _say(
-            Lora2EdgeError("interrupted", "interrupted", why=words).as_dict() if as_json else None,
-            f"interrupted: {words}",
-        )
-        sys.exit(EXIT_INTERRUPTED)
+        _leave_interrupted(as_json)
 
 
-def _say(error: dict[str, str] | None, text: str) -> None:
-    """The error as one JSON object on standard output, else the text on standard error."""
-    if error is None:
-        click.echo(text, err=True)
+def _say(error: Lora2EdgeError, as_json: bool) -> None:
+    """The error as one JSON object on standard output, or as text on standard error."""
+    if as_json:
+        click.echo(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
     else:
-        click.echo(json.dumps({"error": error}, ensure_ascii=False))
+        click.echo(str(error), err=True)
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    """A polite end (systemd, docker stop, a batch system) cleans up as Ctrl-C does."""
-    raise KeyboardInterrupt
+def _leave_interrupted(as_json: bool) -> NoReturn:
+    """Leaves at once: everything is cleaned up by now.
+
+    CPython would turn the exit status into death by SIGINT where the interrupt hit an extension module's import.
+    """
+    words = "finished stages are kept, the same command goes on from there"
+    if as_json:
+        _say(Lora2EdgeError("interrupted", "interrupted", why=words), as_json)
+    else:
+        click.echo(f"interrupted: {words}", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)

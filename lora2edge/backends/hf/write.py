@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -27,8 +26,8 @@ SHARD_BYTES = 5_000_000_000
 SLAB_ELEMENTS = 1 << 19
 """2 MB of float32: the passes over a slab stay near a core's own cache, and few slabs are in flight."""
 COPY_BYTES = 64 << 20
-
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F80_0000)}
+"""Stored dtype → its words as integers, and the bits of the exponent."""
 
 
 def write_checkpoint(view: Checkpoint, out: Path, progress: Progress, shard_bytes: int = SHARD_BYTES) -> None:
@@ -130,7 +129,7 @@ def _steps(view: Checkpoint, shard: _Shard, handle: int) -> Iterator[Callable[[]
         if stored is not None:
             for at in range(0, stored.length, COPY_BYTES):
                 part = StoredBytes(stored.path, stored.offset + at, min(COPY_BYTES, stored.length - at))
-                yield lambda part=part, to=place + at: _copy(part, handle, to)  # type: ignore[misc]
+                yield lambda info=info, part=part, to=place + at: _copy(info, part, handle, to)  # type: ignore[misc]
             continue
         rows = info.shape[0] if info.shape else 1
         row_bytes = info.size // max(rows, 1) * FLOAT_DTYPES[info.dtype]
@@ -155,13 +154,16 @@ def _compute(view: Checkpoint, info: TensorInfo, start: int, stop: int, handle: 
     return _write_at(handle, _bytes(rounded), to)
 
 
-def _copy(part: StoredBytes, handle: int, to: int) -> int:
-    """Copies inside the kernel where the file systems can, else through a buffer."""
+def _copy(info: TensorInfo, part: StoredBytes, handle: int, to: int) -> int:
+    """Copies a range of an unchanged tensor through a buffer, so that a NaN in the base is not passed on unseen."""
     source = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         done = 0
         while done < part.length:
-            count = _copy_some(source, handle, part.length - done, part.offset + done, to + done)
+            data = os.pread(source, min(part.length - done, 1 << 20), part.offset + done)
+            data = data[: len(data) - len(data) % FLOAT_DTYPES.get(info.dtype, 1)] or data
+            _require_finite(info, data)
+            count = _write_at(handle, memoryview(data), to + done)
             if count == 0:
                 raise CheckpointError(
                     "file-changed",
@@ -175,14 +177,19 @@ def _copy(part: StoredBytes, handle: int, to: int) -> int:
         os.close(source)
 
 
-def _copy_some(source: int, handle: int, count: int, offset: int, to: int) -> int:
-    try:
-        return os.copy_file_range(source, handle, count, offset, to)
-    except OSError as error:
-        if error.errno not in _NO_KERNEL_COPY:
-            raise
-    data = os.pread(source, min(count, 1 << 20), offset)
-    return _write_at(handle, memoryview(data), to)
+def _require_finite(info: TensorInfo, data: bytes) -> None:
+    """Raises CheckpointError where the stored floats hold NaN or infinity: all bits of the exponent are set."""
+    if info.dtype not in _EXPONENTS:
+        return
+    word, mask = _EXPONENTS[info.dtype]
+    words = np.frombuffer(data, word, len(data) // np.dtype(word).itemsize)
+    if ((words & mask) == mask).any():
+        raise CheckpointError(
+            "base-nan",
+            f"base tensor {info.name} holds NaN or infinity",
+            why="it would be copied into the merged checkpoint",
+            hint="download the base again",
+        )
 
 
 def _write_at(handle: int, data: memoryview, to: int) -> int:

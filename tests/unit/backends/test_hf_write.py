@@ -133,24 +133,27 @@ def test_mixed_dtypes_keep_their_alignment(tmp_path: Path) -> None:
         assert place.offset % 4 == 0
 
 
-def test_copying_without_the_kernel(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    write_checkpoint(view_of(made), tmp_path / "a", SILENT)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nan_in_an_unchanged_tensor_is_not_copied(tmp_path: Path, dtype: str, value: float) -> None:
+    from safetensors.torch import save_file
 
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EXDEV, "cross-device")
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    write_checkpoint(view_of(made), tmp_path / "b", SILENT)
-    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    base = make_checkpoint(tmp_path / "base", "qwen2", dtype=dtype)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(tmp_path / "adapter", base, targets=["up_proj"])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight") as error:
+        write_checkpoint(merge(open_checkpoint(base), [read_adapter(adapter)]), tmp_path / "out", SILENT)
+    assert error.value.code == "base-nan"
 
 
 def test_full_disk_reaches_the_caller(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="no space") as error:
         write_checkpoint(view_of(made), tmp_path, SILENT)
     assert error.value.errno == errno.ENOSPC
