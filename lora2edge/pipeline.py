@@ -12,7 +12,7 @@ from typing import Any
 from lora2edge.artifact import RECORD, find_artifact, is_intact, open_artifact, read_record, write_manifest
 from lora2edge.backends.hf import open_baseline, open_merged
 from lora2edge.bench.interleave import bench
-from lora2edge.bench.machine import fingerprint
+from lora2edge.bench.machine import describe, fingerprint
 from lora2edge.bench.process import Command
 from lora2edge.bench.scenario import Scenario, context_needed, load_scenario, make_requests
 from lora2edge.cache import Cache, now, stage_key
@@ -26,6 +26,8 @@ from lora2edge.target import Target
 from lora2edge.texts import Texts, samples_digest
 
 _RESULT = "result.json"
+_FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+"""Processors that multiply bfloat16 have one of these flags; others are no faster in it than in float32."""
 _SLOTS = 4
 """Requests that a session serves together while quality is measured."""
 
@@ -74,12 +76,21 @@ class Pipeline:
     def calibrate(self, texts: Texts) -> Finished:
         """The calibration folder: samples, and the activation statistics of the merged model."""
         plan, samples = self.plan, texts.calibration
+        fast = plan.device == "cuda" or _FAST_BFLOAT16 & set(describe()["cpu_flags"])
+        dtype = "bfloat16" if plan.dtype == "bfloat16" and fast else "float32"
 
         def measure(folder: Path) -> dict[str, Any]:
-            done = calibrate(plan.merged, samples, folder, self.progress, device=plan.device, threads=plan.threads)
-            return {"items": len(samples), "tokens": sum(len(sample.ids) for sample in samples), "digest": done.digest}
+            done = calibrate(
+                plan.merged, samples, folder, self.progress, device=plan.device, threads=plan.threads, dtype=dtype
+            )
+            return {
+                "items": len(samples),
+                "tokens": sum(len(sample.ids) for sample in samples),
+                "digest": done.digest,
+                "dtype": dtype,
+            }
 
-        return self._cached("calibrate", [samples_digest(samples), plan.device], measure)
+        return self._cached("calibrate", [samples_digest(samples), plan.device, dtype], measure)
 
     def record_baseline(self, texts: Texts) -> Finished:
         """Base and baseline on the test text: hidden states, losses, answers."""

@@ -17,19 +17,27 @@ _BATCH_TOKENS = 2048
 
 
 def calibrate(
-    view: Checkpoint, samples: Sequence[Sample], folder: Path, progress: Progress, *, device: str, threads: int
+    view: Checkpoint,
+    samples: Sequence[Sample],
+    folder: Path,
+    progress: Progress,
+    *,
+    device: str,
+    threads: int,
+    dtype: str = "float32",
 ) -> StoredCalibration:
     """Mean of x² per input channel of every linear layer, over all tokens of `samples`; written into `folder`.
 
-    It is what llama.cpp calls the importance matrix (`llama-imatrix`), taken from the unrounded merged weights in
-    float32 and summed in float64. The output layer is covered too. Raises DataError where a layer saw no token or
-    a statistic is not finite.
+    It is what llama.cpp calls the importance matrix (`llama-imatrix`). The model runs in `dtype`: in float32 on the
+    unrounded merged weights, or in bfloat16, which is faster on processors that multiply it. Squares are float32,
+    their sums float64. The output layer is covered too. Raises DataError where a layer saw no token or a statistic is
+    not finite.
     """
     require_torch()
     import torch
 
     torch.set_num_threads(threads)
-    model = build_model(view, dtype="float32", device=device, rounded=False)
+    model = build_model(view, dtype=dtype, device=device, rounded=False)
     recorder = _Recorder(model)
     progress.start("calibrate", len(samples), "samples")
     with torch.inference_mode():
@@ -61,6 +69,9 @@ class _Recorder:
         """`[B, T]` bool: which positions of the current batch are tokens."""
         self.sums: dict[int, Any] = {}
         self.counts: dict[int, int] = {}
+        self._inputs: Any = None
+        self._found: tuple[Any, int] = (0.0, 0)
+        """Sum of squares per channel, and tokens, of the inputs that were seen last."""
         for module in model.base_model.modules():
             if isinstance(module, torch.nn.Linear):
                 self.sums[id(module)], self.counts[id(module)] = 0.0, 0
@@ -68,12 +79,12 @@ class _Recorder:
 
     def add(self, module: Any, inputs: Any) -> None:
         """`inputs`: `[B, T, channels]`."""
-        import torch
-
-        kept = inputs[self.seen]
-        total = kept.square().sum(0, dtype=torch.float64)
+        if inputs is not self._inputs:  # q, k and v, or gate and up, are given the same one
+            kept = inputs[self.seen].float()
+            self._inputs, self._found = inputs, (kept.square().sum(0).double(), len(kept))
+        total, count = self._found
         self.sums[id(module)] = self.sums.get(id(module), 0.0) + total
-        self.counts[id(module)] = self.counts.get(id(module), 0) + len(kept)
+        self.counts[id(module)] = self.counts.get(id(module), 0) + count
 
     def by_tensor(self, view: Checkpoint, model: Any) -> tuple[dict[str, Any], dict[str, int]]:
         """Means and counts by checkpoint tensor name. A tied embedding gets the output layer's."""
