@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TARGET = "name: bench/q4_k_m\nbackend: gguf\nprecision: q4_k_m\noptions: {{imatrix: false, library: {library}}}\n"
-SCENARIO = "prompt_tokens: 64\nnew_tokens: 32\nconcurrency: [1, 4]\nrequests: 4\nrounds: 5\nmax_seconds: 900\n"
+SCENARIO = "prompt_tokens: 64\nnew_tokens: 32\nconcurrency: [1]\nrequests: 2\nrounds: 5\nmax_seconds: 300\n"
 
 
 def lora2edge(*arguments: str) -> Any:
