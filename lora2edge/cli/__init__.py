@@ -39,6 +39,10 @@ def cli() -> None:
 def main() -> None:
     """Runs the command line; turns our errors into text and an exit code. Anything else is a bug and shows itself."""
     as_json = "--json" in sys.argv
+    # OpenMP threads that wait in a loop bring PyTorch and llama.cpp to a crawl on a machine that does other work too.
+    # For this process and the stages that it starts: a short spin, then sleep. The user's own settings win.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     signals: list[int] = []
 
     def interrupt(signum: int, frame: object) -> None:
