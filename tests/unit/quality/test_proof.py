@@ -49,6 +49,26 @@ class Case:
     def live(self, dtype: str) -> HfSession:
         return open_baseline(self.base, self.adapter, dtype=dtype, **RUN)
 
+    def live_agreement(self, dtype: str) -> float:
+        """Share of positions where PEFT's live model has the same first answer in float32 and in `dtype`."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        answers = []
+        for number in (torch.float32, getattr(torch, dtype)):
+            model = AutoModelForCausalLM.from_pretrained(self.base, dtype=number)
+            live = PeftModel.from_pretrained(model, str(self.adapter), autocast_adapter_dtype=False).eval()
+            with torch.inference_mode():
+                answers.append(
+                    torch.cat(
+                        [
+                            live(torch.tensor([sample.ids])).logits[0, list(sample.positions)].argmax(-1)
+                            for sample in self.texts.calibration
+                        ]
+                    )
+                )
+        return float((answers[0] == answers[1]).double().mean())
+
     def prove(self, view: Any = None, dtype: str = "bfloat16") -> MergeProof:
         def merged(dtype: str, rounded: bool) -> HfSession:
             return open_merged(view or self.view, dtype=dtype, rounded=rounded, **RUN)
@@ -86,11 +106,15 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     ],
 )
 def test_true_merges_pass(tmp_path: Path, arch: str, dtype: str, settings: Any) -> None:
-    proof = Case(tmp_path, arch, dtype, **settings).prove(dtype=dtype)
+    case = Case(tmp_path, arch, dtype, **settings)
+    proof = case.prove(dtype=dtype)
     assert 0 < proof.math_kl < 1e-10
     assert proof.adapter_kl > 0.01
     assert proof.positions > 300
-    assert proof.top1_agreement > 0.95 and proof.top1_agreement_float32 > 0.95
+    # How often 16 bits alone change the first answer of these random weights depends on the processor's kernels:
+    # live in float32 against live in 16 bits is the measure. 0.05 is three standard errors over 300 positions.
+    assert proof.top1_agreement > case.live_agreement(dtype) - 0.05
+    assert proof.top1_agreement_float32 > 0.95
     if dtype == "float32":
         assert proof.floor_kl == 0 and proof.kl_mean == proof.rounding_kl < 1e-9
     else:
