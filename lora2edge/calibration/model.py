@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import logging
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from lora2edge.checkpoint import one_blas_thread
 from lora2edge.contracts import Checkpoint, TensorInfo
 from lora2edge.errors import CheckpointError, InputError, MissingExtraError, UnsupportedError
 
@@ -25,25 +28,24 @@ def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> 
     rows are used as they are. Raises CheckpointError where a tensor has no place in the model, has another shape,
     or a parameter of the model is not in the checkpoint; UnsupportedError for an unknown architecture.
     """
-    require_torch()
+    require("torch", "transformers")
     import torch
 
     model = _empty_model(view, dtype, device)
     places: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     parameters = set(places)
     places.update((name, buffer) for name, buffer in model.named_buffers() if name in model.state_dict())
-    homeless = []
-    filled: set[str] = set()
-    with torch.no_grad():
-        for name, info in view.tensors.items():
-            found = [place for place in view.module_names(name) if place in places]
-            if not found:
-                homeless.append(name)
-            for place in found:
-                _fill(places[place], view, info, rounded=rounded)
-                filled.add(place)
-    _refuse_homeless(model, homeless)
-    missing = parameters - filled
+    homes = {name: [place for place in view.module_names(name) if place in places] for name in view.tensors}
+    _refuse_homeless(model, [name for name, found in homes.items() if not found])
+
+    def fill(name: str) -> None:
+        for place in homes[name]:
+            _fill(places[place], view, view.tensors[name], rounded=rounded)
+
+    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(fill, homes):
+            pass
+    missing = parameters.difference(*homes.values())
     # transformers' own rule: what is missing is tied to what is there; what is there twice and differs, not.
     model.tie_weights(missing_keys=missing)
     if missing:
@@ -56,19 +58,18 @@ def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> 
     return model.eval()
 
 
-def require_torch() -> None:
-    """Raises MissingExtraError where PyTorch, transformers or PEFT is installed and does not load."""
-    try:
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except Exception as error:  # a broken install raises anything
-        raise MissingExtraError(
-            "broken-extra",
-            "PyTorch, transformers or PEFT does not load",
-            why=f"{type(error).__name__}: {error}",
-            hint="pip install --force-reinstall 'lora2edge[torch]'",
-        ) from error
+def require(*modules: str) -> None:
+    """Raises MissingExtraError where one of PyTorch, transformers and PEFT is installed and does not load."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a broken install raises anything
+            raise MissingExtraError(
+                "broken-extra",
+                f"{name} does not load",
+                why=f"{type(error).__name__}: {error}",
+                hint="pip install --force-reinstall 'lora2edge[torch]'",
+            ) from error
 
 
 @contextlib.contextmanager
@@ -143,13 +144,14 @@ def _fill(place: Any, view: Checkpoint, info: TensorInfo, *, rounded: bool) -> N
     stored = getattr(torch, _FLOATS[info.dtype])
     length = info.shape[0] if info.shape else 1
     step = max(1, _SLAB_ELEMENTS // max(1, info.size // max(1, length)))
-    target = place if info.shape else place.view(1)
-    for start in range(0, length, step):
-        stop = min(length, start + step)
-        values = torch.from_numpy(view.rows(info.name, start, stop))
-        if rounded:
-            values = values.to(stored)
-        target[start:stop].copy_(values.view(target[start:stop].shape))
+    with torch.no_grad():
+        target = place if info.shape else place.view(1)
+        for start in range(0, length, step):
+            stop = min(length, start + step)
+            values = torch.from_numpy(view.rows(info.name, start, stop))
+            if rounded:
+                values = values.to(stored)
+            target[start:stop].copy_(values.view(target[start:stop].shape))
 
 
 def _refuse_homeless(model: Any, names: list[str]) -> None:

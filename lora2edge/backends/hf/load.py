@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lora2edge.calibration.model import quiet, require_torch, torch_errors
+from lora2edge.calibration.model import quiet, require, torch_errors
 from lora2edge.checkpoint import merge_tokenizer_files, tokenizer_files
 from lora2edge.contracts import TokenizerFiles
 from lora2edge.errors import AdapterError, CheckpointError
@@ -14,7 +14,7 @@ from lora2edge.errors import AdapterError, CheckpointError
 
 def load_folder(base: Path, adapter: Path | None, *, dtype: str, device: str) -> Any:
     """The model in evaluation mode; a PeftModel where an adapter is live on it. Reads local safetensors only."""
-    require_torch()
+    require("torch", "transformers", "peft")
     import torch
     from transformers import AutoModelForCausalLM
 

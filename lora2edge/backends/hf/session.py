@@ -17,8 +17,9 @@ from lora2edge.texts import Renderer
 if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
 
-_BATCH_TOKENS = 2048
-"""Padded tokens of one forward pass: enough for full matrix speed on a CPU, and activations stay small."""
+_BATCH_TOKENS = 1024
+"""Padded tokens of one forward pass: full matrix speed on a CPU, and activations stay below the size that glibc hands
+back to the system after each layer (measured: 2048 takes 1.1 × the time in float32, 1.4 × in bfloat16)."""
 
 
 def open_baseline(

@@ -20,13 +20,15 @@ from tests.tiny import make_adapter, make_checkpoint
 LENGTHS = (5, 17, 3, 17, 40, 1)
 
 
-def samples() -> list[Sample]:
+def samples(shared: int = 0) -> list[Sample]:
+    """Sequences of `LENGTHS` random tokens behind `shared` tokens that are the same in all."""
     generator = np.random.default_rng(0)
     item = Item(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
-    return [Sample(tuple(generator.integers(0, 700, length).tolist()), 1, item) for length in LENGTHS]
+    own = [generator.integers(0, 700, length).tolist() for length in LENGTHS]
+    return [Sample((*range(100, 100 + shared), *ids), 1, item) for ids in own]
 
 
-def by_hand(base: Path, adapter: Path) -> dict[str, Any]:
+def by_hand(base: Path, adapter: Path, samples: list[Sample]) -> dict[str, Any]:
     """Mean of x² of each linear layer's input in PEFT's own merge, module name → [channels] float64."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -39,29 +41,33 @@ def by_hand(base: Path, adapter: Path) -> dict[str, Any]:
             seen[name] = []
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0][0].double()))
     with torch.inference_mode():
-        for sample in samples():
+        for sample in samples:
             model(torch.tensor([sample.ids]))
     return {f"{name}.weight": torch.cat(found).square().mean(0).numpy() for name, found in seen.items()}
 
 
-@pytest.mark.parametrize(("arch", "tied"), [("qwen2", True), ("llama", False), ("gemma2", True), ("phi3", False)])
-def test_statistics_are_those_of_plain_pytorch(tmp_path: Path, arch: str, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("arch", "tied", "shared"),
+    [("qwen2", True, 0), ("llama", False, 20), ("gemma2", True, 70), ("gemma3", True, 5), ("phi3", False, 1)],
+)
+def test_statistics_are_those_of_plain_pytorch(tmp_path: Path, arch: str, tied: bool, shared: int) -> None:
     base = make_checkpoint(tmp_path / "base", arch, tied=tied)
     adapter = make_adapter(tmp_path / "adapter", base)
     view = merge(open_checkpoint(str(base)), (read_adapter(str(adapter)),))
     (tmp_path / "out").mkdir()
-    calibrate(view, samples(), tmp_path / "out", SILENT, device="cpu", threads=1)
+    texts = [*samples(shared), *samples(shared)[:1]]
+    calibrate(view, texts, tmp_path / "out", SILENT, device="cpu", threads=1)
     found = open_calibration(tmp_path / "out")
-    expected = by_hand(base, adapter)
+    expected = by_hand(base, adapter, texts)
     if tied:
         expected["model.embed_tokens.weight"] = expected.pop("lm_head.weight")
     assert set(found.names) == set(expected)
     for name, values in expected.items():
         stats = found.vectors(name)
-        assert stats.count == sum(LENGTHS)
+        assert stats.count == sum(len(sample.ids) for sample in texts)
         assert stats.mean_square.dtype == np.float32
         np.testing.assert_allclose(stats.mean_square, values, rtol=2e-4)
-    assert list(found.samples) == samples()
+    assert list(found.samples) == texts
     with pytest.raises(KeyError):
         found.vectors("model.norm.weight")
 
