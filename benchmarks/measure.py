@@ -73,16 +73,17 @@ def summarize(costs: Mapping[str, Sequence[Cost]], ours: str, peer: str) -> dict
     }
 
 
-def write_results(path: Path, summary: Mapping[str, object], costs: Mapping[str, Sequence[Cost]]) -> None:
+def write_results(path: Path, summary: Mapping[str, object], costs: Mapping[str, Sequence[Cost]] | None = None) -> None:
     """The results with the machine in them."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     cpu = names[0] if names else platform.processor()
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {
+    data: dict[str, object] = {
         "machine": {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()},
         **summary,
-        "runs": {name: [asdict(cost) for cost in runs] for name, runs in costs.items()},
     }
+    if costs:
+        data["runs"] = {name: [asdict(cost) for cost in runs] for name, runs in costs.items()}
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -116,7 +116,7 @@ def pack_arrays(metadata: Metadata) -> Metadata:
 
 def _packed(text: str) -> bytes:
     data = text.encode()
-    return struct.pack("<Q", len(data)) + data
+    return len(data).to_bytes(8, "little") + data
 
 
 def _packed_field(kind: Kind, value: Any) -> bytes:

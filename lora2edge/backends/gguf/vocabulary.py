@@ -7,6 +7,7 @@ llama.cpp replays by score. Whatever llama.cpp cannot replay is refused before a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -210,7 +211,9 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The merges, which are stored as "a b" or as ["a", "b"]."""
     merges = model.get("merges") or []
     try:
-        return [(a, b) for a, b in (item.split(" ") if isinstance(item, str) else item for item in merges)]
+        if all(isinstance(item, str) for item in merges):
+            return [(a, b) for a, b in map(str.split, merges, itertools.repeat(" "))]
+        return [(a, b) for a, b in merges]
     except ValueError as error:
         raise CheckpointError("tokenizer-unreadable", "a merge of tokenizer.json is no pair", why=str(error)) from error
 
