@@ -17,14 +17,14 @@ from lora2edge.cache import Cache, now
 from lora2edge.contracts import Progress
 from lora2edge.errors import EXIT_GATE, EXIT_INCONCLUSIVE, EXIT_OK, InputError, Lora2EdgeError, ProofError
 from lora2edge.pipeline import Finished, Pipeline
-from lora2edge.plan import Plan, plan_build
+from lora2edge.plan import Plan, load_all_texts, plan_build
 from lora2edge.progress import SILENT
 from lora2edge.quality import judge
 from lora2edge.recipe import Recipe, dump_recipe
 from lora2edge.report import REPORTS, write_report
 from lora2edge.storage import alone_in, write_atomic
 from lora2edge.target import Target
-from lora2edge.texts import Renderer, Texts, load_texts
+from lora2edge.texts import Texts
 
 REPORT_SCHEMA = 1
 
@@ -50,7 +50,7 @@ def build(
     """Merges, proves, lowers, measures and reports. Raises InputError for bad input and ProofError for a bad merge."""
     started, started_at = time.monotonic(), now()
     plan, out = plan_whole(recipe, force=force)
-    texts = load_build_texts(plan)
+    texts = load_all_texts(plan)
     pipeline = Pipeline(plan, cache or Cache(), progress)
     with alone_in(out):
         for name in REPORTS:  # an earlier build's would stand beside this one's recipe
@@ -214,18 +214,6 @@ def describe_inputs(plan: Plan, texts: Texts | None) -> dict[str, Any]:
         "adapter": plan.adapters[0].describe() if plan.adapters else None,
         "data": texts.notes if texts else None,
     }
-
-
-def load_build_texts(plan: Plan) -> Texts:
-    """Calibration and test samples of the plan's data."""
-    assert plan.recipe.data is not None
-    return load_texts(
-        plan.recipe.data,
-        Renderer(plan.merged.tokenizer),
-        max_length=plan.max_length,
-        calibration_tokens=plan.calibration_tokens,
-        test_tokens=plan.recipe.tokens,
-    )
 
 
 def _verdict(targets: dict[str, dict[str, Any]], strict: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ A code is stable from release to release: scripts may test it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -48,7 +49,7 @@ class Lora2EdgeError(Exception):
             lines.append(f"  hint: {self.hint}")
         return "\n".join(lines)
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """The error for `--json`."""
         return {"code": self.code, "what": self.what, "why": self.why, "hint": self.hint}
 
@@ -97,8 +98,10 @@ class Refusals(InputError):
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)
 
-    def as_dict(self) -> dict[str, str]:
-        return self.errors[0].as_dict() if len(self.errors) == 1 else {**super().as_dict(), "why": str(self)}
+    def as_dict(self) -> dict[str, Any]:
+        """The error for `--json`: one alone as itself, several with `errors`, a list of them."""
+        each = [error.as_dict() for error in self.errors]
+        return each[0] if len(each) == 1 else {**super().as_dict(), "why": str(self), "errors": each}
 
 
 class GateError(Lora2EdgeError):

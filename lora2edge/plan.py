@@ -19,7 +19,7 @@ from lora2edge.contracts import MANIFEST, Estimate, Machine, Manifest
 from lora2edge.errors import CheckpointError, InputError, MissingExtraError, OutputError, Refusals, TargetError, refuse
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target, load_target
-from lora2edge.texts import read_items
+from lora2edge.texts import Renderer, Texts, load_calibration, load_texts, read_items
 
 T = TypeVar("T")
 
@@ -148,6 +148,29 @@ def plan_build(
             *(estimate.max_length for estimate in estimates.values() if estimate.max_length),
         ),
         baseline_seconds=_baseline_seconds(merged, recipe, targets) if recipe.data is not None else 0.0,
+    )
+
+
+def load_all_texts(plan: Plan) -> Texts:
+    """Calibration and test samples of the plan's data."""
+    assert plan.recipe.data is not None
+    return load_texts(
+        plan.recipe.data,
+        Renderer(plan.merged.tokenizer),
+        max_length=plan.max_length,
+        calibration_tokens=plan.calibration_tokens,
+        test_tokens=plan.recipe.tokens,
+    )
+
+
+def load_calibration_texts(plan: Plan) -> Texts:
+    """All of the data, for the stages that measure nothing on held-out text."""
+    assert plan.recipe.data is not None
+    return load_calibration(
+        plan.recipe.data,
+        Renderer(plan.merged.tokenizer),
+        max_length=plan.max_length,
+        calibration_tokens=plan.calibration_tokens,
     )
 
 

@@ -13,12 +13,11 @@ from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Artifact, Progress
 from lora2edge.errors import InputError
 from lora2edge.pipeline import Finished, Pipeline
-from lora2edge.plan import Plan, check_replaceable, plan_build
+from lora2edge.plan import Plan, check_replaceable, load_all_texts, load_calibration_texts, plan_build
 from lora2edge.quality import judge
 from lora2edge.recipe import Recipe, load_recipe
 from lora2edge.storage import alone_in
 from lora2edge.target import Target, load_target
-from lora2edge.texts import Renderer, Texts, load_calibration, load_texts
 
 
 def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: Progress) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
     check_replaceable(out, [Path(plan.base_path), *(adapter.path for adapter in plan.adapters)], force=force)
     result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors)}
     if prove:
-        result["merge"] = Pipeline(plan, Cache(), progress).prove(_calibration_texts(plan)).result
+        result["merge"] = Pipeline(plan, Cache(), progress).prove(load_calibration_texts(plan)).result
     lower_here(plan.merged, plan.targets[0], None, out, progress)
     checks = plan.merged.checks
     return {**result, "adapted": len(checks), "worst_formula_error": max(checks.values(), default=0.0)}
@@ -46,7 +45,7 @@ def lower_all(recipe: Recipe, *, force: bool, progress: Progress) -> list[dict[s
     plan = plan_build(recipe, out=out, force=force)
     pipeline = Pipeline(plan, Cache(), progress)
     with alone_in(out):
-        calibration = pipeline.calibrate(_calibration_texts(plan)) if recipe.data is not None else None
+        calibration = pipeline.calibrate(load_calibration_texts(plan)) if recipe.data is not None else None
         return [_lower_one(pipeline, target, calibration, out) for target in plan.targets]
 
 
@@ -66,7 +65,7 @@ def measure_artifact(path: Path, options: dict[str, Any], *, progress: Progress)
     """Quality of the artifact in `path`, and the verdict of its target's gates."""
     artifact, plan = _plan_for(path, options)
     (target,) = plan.targets
-    pipeline, texts = Pipeline(plan, Cache(), progress), _texts(plan)
+    pipeline, texts = Pipeline(plan, Cache(), progress), load_all_texts(plan)
     reference = pipeline.record_baseline(texts)
     measured = pipeline.measure(target, artifact.path, reference, texts)
     gates, verdict = judge(target, measured.result["quality"])
@@ -88,7 +87,7 @@ def bench_artifact(path: Path, options: dict[str, Any], scenarios: list[str], *,
     """Speed of the artifact in `path` beside its baseline's."""
     artifact, plan = _plan_for(path, options, scenarios)
     (target,) = plan.targets
-    measured = Pipeline(plan, Cache(), progress).bench(target, artifact.path, _texts(plan))
+    measured = Pipeline(plan, Cache(), progress).bench(target, artifact.path, load_all_texts(plan))
     return {
         "artifact": str(path),
         "target": target.name,
@@ -161,25 +160,3 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
             hint="name the ones that it was made from: --base DIR --adapter DIR",
         )
     return artifact, plan
-
-
-def _texts(plan: Plan) -> Texts:
-    assert plan.recipe.data is not None
-    return load_texts(
-        plan.recipe.data,
-        Renderer(plan.merged.tokenizer),
-        max_length=plan.max_length,
-        calibration_tokens=plan.calibration_tokens,
-        test_tokens=plan.recipe.tokens,
-    )
-
-
-def _calibration_texts(plan: Plan) -> Texts:
-    """All of the data, for the stages that measure nothing on held-out text."""
-    assert plan.recipe.data is not None
-    return load_calibration(
-        plan.recipe.data,
-        Renderer(plan.merged.tokenizer),
-        max_length=plan.max_length,
-        calibration_tokens=plan.calibration_tokens,
-    )

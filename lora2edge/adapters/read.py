@@ -30,7 +30,6 @@ WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
-_WHOLE = re.compile(r"(?P<module>.+)\.(weight|bias)")
 _ROWS_AT_ONCE = 1 << 20
 """Elements looked at together when searching for NaN."""
 

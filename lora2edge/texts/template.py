@@ -52,14 +52,7 @@ class ChatTemplate:
                     **self.variables,
                 )
             )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
+        except (jinja2.TemplateError, *_TEMPLATE_FAILURES) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 "chat-template-refused",

@@ -168,6 +168,14 @@ def test_error_as_json(lora2edge: Run, model: Model, out: Path) -> None:
     assert json.loads(outcome.out)["error"]["code"] == "unknown-target"
 
 
+def test_several_errors_as_json(lora2edge: Run, model: Model, out: Path) -> None:
+    outcome = build(lora2edge, model, out, "--json", target="gguf/q9", data="nowhere.jsonl")
+    assert outcome.code == 2
+    errors = json.loads(outcome.out)["error"]["errors"]
+    assert {error["code"] for error in errors} == {"unknown-target", "no-data"}
+    assert all(error["what"] and error["why"] for error in errors)
+
+
 def test_usage_error_as_json(lora2edge: Run) -> None:
     for arguments in (["build", "--frob", "--json"], ["frob", "--json"], ["measure", "--json"]):
         outcome = lora2edge(*arguments)
