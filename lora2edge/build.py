@@ -50,6 +50,7 @@ def build(
     """Merges, proves, lowers, measures and reports. Raises InputError for bad input and ProofError for a bad merge."""
     started, started_at = time.monotonic(), now()
     plan, out = plan_whole(recipe, force=force)
+    plan.check_adapters()
     texts = load_all_texts(plan)
     pipeline = Pipeline(plan, cache or Cache(), progress)
     with alone_in(out):

@@ -50,6 +50,11 @@ class Plan:
     baseline_seconds: float
     """Estimate for the passes of the baseline over calibration and test text."""
 
+    def check_adapters(self) -> None:
+        """Reads the adapters' weights, which the plan does not. Raises AdapterError for NaN and infinity."""
+        for adapter in self.adapters:
+            adapter.check_finite()
+
     @property
     def base_path(self) -> str:
         """The base's folder."""

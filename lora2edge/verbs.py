@@ -28,6 +28,7 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
     if prove and recipe.data is None:
         raise InputError("no-data", "--prove needs text", why="it compares on it", hint="--prove --data FILE.jsonl")
     plan = plan_build(recipe, [load_target("hf/merged")], out=out, force=True)
+    plan.check_adapters()
     check_replaceable(out, [Path(plan.base_path), *(adapter.path for adapter in plan.adapters)], force=force)
     result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors)}
     if prove:
@@ -43,6 +44,7 @@ def lower_all(recipe: Recipe, *, force: bool, progress: Progress) -> list[dict[s
         raise InputError("missing-option", "--out and --target must be given", hint="lora2edge lower --help")
     out = Path(recipe.out)
     plan = plan_build(recipe, out=out, force=force)
+    plan.check_adapters()
     pipeline = Pipeline(plan, Cache(), progress)
     with alone_in(out):
         calibration = pipeline.calibrate(load_calibration_texts(plan)) if recipe.data is not None else None

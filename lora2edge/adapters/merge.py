@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora2edge.adapters.kinds.lora import LowRank, PairUpdate
+from lora2edge.adapters.parts import Part, Update
 from lora2edge.adapters.places import Change, place_adapter
-from lora2edge.adapters.read import Adapter, LowRank, read_adapter
+from lora2edge.adapters.read import Adapter, read_adapter
 from lora2edge.checkpoint import (
     StoredCheckpoint,
     check_vocabulary,
@@ -27,14 +29,13 @@ from lora2edge.contracts import Checkpoint, CheckpointRef, StoredBytes, Task, Te
 from lora2edge.errors import AdapterError, CheckpointError, ProofError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from lora2edge.contracts import FloatArray
 
 TOLERANCE = 4e-6
 """Largest relative error of the formula check. float32 sums give 1e-7 to 5e-7; one wrong pair gives far more."""
 
-_FACTORS_KEPT = 4
+_UPDATES_KEPT = 4
+_SLAB_ELEMENTS = 1 << 20
 
 
 class MergedCheckpoint:
@@ -49,7 +50,7 @@ class MergedCheckpoint:
         self._tensors = dict(base.tensors)
         self._config = dict(base.config)
         self._tokenizer = base.tokenizer
-        self._factors: OrderedDict[str, _Factors] = OrderedDict()
+        self._updates: OrderedDict[str, Update] = OrderedDict()
         self._lock = threading.Lock()
         for adapter in adapters:
             self._apply(adapter)
@@ -73,7 +74,7 @@ class MergedCheckpoint:
     @property
     def adapted(self) -> frozenset[str]:
         """Names of the tensors that the adapters change."""
-        return frozenset(name for name, change in self._changes.items() if change.whole or change.pair)
+        return frozenset(name for name, change in self._changes.items() if change.whole or change.part)
 
     @property
     def ref(self) -> CheckpointRef:
@@ -87,32 +88,34 @@ class MergedCheckpoint:
         change = self._changes.get(name)
         if change is None:
             return self.base.rows(name, start, stop)
-        rows = self._unadapted(change, start, stop)
-        if change.pair is None:
+        rows = self._unadapted(name, change, start, stop)
+        if change.part is None:
             return rows
-        factors = self._factors_of(name, change.pair)
-        before = rows @ factors.probe
-        rows += factors.left[start:stop] @ factors.right
-        self._check(name, before, rows, factors, start, stop)
-        return rows
+        update = self._update_of(name, change)
+        if not isinstance(update, PairUpdate):
+            return update.apply(rows, start, stop)
+        before = rows @ update.probe
+        update.add(rows, start, stop)
+        self._check(name, before, rows, update, start, stop)
+        return update.resize(rows, start, stop)
 
     def delta(self, name: str, start: int, stop: int) -> FloatArray | None:
         change = self._changes.get(name)
-        if change is None or not (change.whole or change.pair):
+        if change is None or change.source is None or not (change.whole or change.part):
             return None
-        if change.pair is None:
-            return self._unadapted(change, start, stop) - self.base.rows(change.source, start, stop)
-        factors = self._factors_of(name, change.pair)
-        product: FloatArray = factors.left[start:stop] @ factors.right
-        if change.whole:
-            product += self._unadapted(change, start, stop) - self.base.rows(change.source, start, stop)
-        return product
+        update = self._update_of(name, change) if change.part else None
+        if isinstance(update, PairUpdate) and update.is_sum and change.whole is None:
+            return update.product(start, stop)
+        rows = self._unadapted(name, change, start, stop)
+        if update is not None:
+            rows = update.apply(rows, start, stop)
+        return rows - self.base.rows(change.source, start, stop)
 
     def stored(self, name: str) -> StoredBytes | None:
         change = self._changes.get(name)
         if change is None:
             return self.base.stored(name)
-        return None if change.whole or change.pair else self.base.stored(change.source)
+        return None if change.whole or change.part or change.source is None else self.base.stored(change.source)
 
     def module_names(self, name: str) -> list[str]:
         return self.base.module_names(name) if name in self.base.tensors else [name]
@@ -139,10 +142,8 @@ class MergedCheckpoint:
     def _apply(self, adapter: Adapter) -> None:
         placed = place_adapter(self.base, adapter)
         self._changes = placed.changes
-        if placed.untied_head is not None:
-            self._tensors[placed.untied_head.name] = placed.untied_head
-        if placed.tied is not None:
-            self._config["tie_word_embeddings"] = placed.tied
+        self._tensors.update((info.name, info) for info in placed.added)
+        self._config.update(placed.config)
         self._tokenizer = merge_tokenizer_files(self.base.tokenizer, adapter.path)
         embedding = embedding_name(self.base.tensors)
         path = self._tokenizer.files["tokenizer.json"]
@@ -150,32 +151,53 @@ class MergedCheckpoint:
         if own and embedding and (problem := check_vocabulary(path, self._tensors[embedding].shape[0])):
             raise problem
 
-    def _unadapted(self, change: Change, start: int, stop: int) -> FloatArray:
-        """What the LoRA pair is added to: the base's rows, or those that the adapter saved whole."""
-        if change.whole is None:
-            return self.base.rows(change.source, start, stop)
-        return change.whole.reader.rows(change.whole.name, start, stop)
+    def _unadapted(self, name: str, change: Change, start: int, stop: int) -> FloatArray:
+        """What the part changes: the base's rows, zeros, or those that the adapter saved whole."""
+        if change.whole is not None:
+            return change.whole.reader.rows(change.whole.name, start, stop)
+        if change.source is None:
+            return np.zeros((stop - start, *self._tensors[name].shape[1:]), np.float32)
+        return self.base.rows(change.source, start, stop)
 
-    def _factors_of(self, name: str, pair: LowRank) -> _Factors:
-        """The pair's matrices in float32; the last few are kept, since tensors are read slab by slab."""
+    def _update_of(self, name: str, change: Change) -> Update:
+        """The part's tensors in float32; the last few are kept, since tensors are read slab by slab."""
         with self._lock:
-            factors = self._factors.get(name)
-            if factors is None:
-                factors = self._factors[name] = _read_factors(self._changes[name], pair)
-                if len(self._factors) > _FACTORS_KEPT:
-                    self._factors.popitem(last=False)
-            return factors
+            update = self._updates.get(name)
+            if update is None:
+                assert change.part is not None
+                update = self._updates[name] = self._load(name, change, change.part)
+                if len(self._updates) > _UPDATES_KEPT:
+                    self._updates.popitem(last=False)
+            return update
 
-    def _check(self, name: str, before: FloatArray, rows: FloatArray, factors: _Factors, start: int, stop: int) -> None:
+    def _load(self, name: str, change: Change, part: Part) -> Update:
+        if not change.transposed:
+            return part.load()
+
+        def slabs() -> Iterator[tuple[int, int, FloatArray]]:
+            shape = self._tensors[name].shape
+            step = max(1, _SLAB_ELEMENTS // shape[1])
+            for start in range(0, shape[0], step):
+                stop = min(start + step, shape[0])
+                yield start, stop, self._unadapted(name, change, start, stop)
+
+        if isinstance(part, LowRank):
+            return part.load_transposed(slabs)
+        weight = np.concatenate([rows for _, _, rows in slabs()])
+        return _Whole(np.ascontiguousarray(part.load().apply(weight.T.copy(), 0, weight.shape[1]).T))
+
+    def _check(
+        self, name: str, before: FloatArray, rows: FloatArray, update: PairUpdate, start: int, stop: int
+    ) -> None:
         """Freivalds' check (1977): (W + s·BA)x against Wx + s·B(Ax) for a fixed vector x of ±1.
 
         A wrong entry of the slab shows with a probability of at least one half, a wrong pair, scale or
         orientation practically always.
         """
-        change = factors.left[start:stop].astype(np.float64) @ factors.right_probe
+        change = update.left[start:stop].astype(np.float64) @ update.right_probe
         expected = before + change
         with np.errstate(invalid="ignore"):  # a base that holds infinity: told below
-            error = float(np.linalg.norm(rows @ factors.probe - expected))
+            error = float(np.linalg.norm(rows @ update.probe - expected))
         size = float(np.linalg.norm(before)) + float(np.linalg.norm(change))
         relative = error / size if size else error
         with self._lock:
@@ -198,17 +220,13 @@ class MergedCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Factors:
-    """ΔW = left @ right, in the orientation of the stored weight."""
+class _Whole:
+    """A merged tensor, whole: for parts whose rows are the columns of the stored weight."""
 
-    left: FloatArray
-    """`[rows, r]`, scale included."""
-    right: FloatArray
-    """`[r, columns]`."""
-    probe: FloatArray
-    """`[columns]`, ±1."""
-    right_probe: NDArray[np.float64]
-    """right @ probe, `[r]`."""
+    values: FloatArray
+
+    def apply(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
+        return self.values[start:stop].copy()
 
 
 def merge(base: StoredCheckpoint, adapters: Sequence[Adapter]) -> MergedCheckpoint:
@@ -272,14 +290,3 @@ def _old_rope(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     if kind != "default":
         old["rope_scaling"] = {key: value for key, value in parameters.items() if key not in old}
     return {key: value for key, value in old.items() if config.get(key) is None}
-
-
-def _read_factors(change: Change, pair: LowRank) -> _Factors:
-    reader = change.adapter.reader
-    a = reader.rows(pair.a, 0, reader.tensors[pair.a].shape[0])
-    b = reader.rows(pair.b, 0, reader.tensors[pair.b].shape[0])
-    left, right = (a.T, b.T) if change.transposed else (b, a)
-    left = np.ascontiguousarray(left * np.float32(pair.scale))
-    right = np.ascontiguousarray(right)
-    probe = np.where(np.random.default_rng(right.shape[1]).random(right.shape[1]) < 0.5, -1, 1).astype(np.float32)
-    return _Factors(left, right, probe, right.astype(np.float64) @ probe)

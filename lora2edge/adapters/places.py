@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.read import Adapter, LowRank, is_saved
+from lora2edge.adapters.kinds.lora import LowRank, TokenRows
+from lora2edge.adapters.parts import Part
+from lora2edge.adapters.read import Adapter, is_saved
 from lora2edge.checkpoint import StoredCheckpoint, TensorReader, embedding_name, head_name
 from lora2edge.contracts import TensorInfo
 from lora2edge.errors import AdapterError
@@ -26,6 +29,16 @@ _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 PEFT goes by the layer's class and overrides fan_in_fan_out in the file, both ways.
 """
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_BIAS_SWITCHES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "llama": {"attention_bias": _ATTENTION, "mlp_bias": ("gate_proj", "up_proj", "down_proj")},
+    "qwen3": {"attention_bias": _ATTENTION},
+    "qwen3_moe": {"attention_bias": _ATTENTION},
+    "gemma2": {"attention_bias": _ATTENTION},
+    "gemma3_text": {"attention_bias": _ATTENTION},
+}
+"""model_type → setting of config.json → the layers that have a bias when it is true (transformers' model classes)."""
+_UNTIED: Mapping[str, Any] = {"tie_word_embeddings": False}
 _HEAD_OF = {"gpt_neox": "embed_out.weight"}
 _COMPARED_AT_ONCE = 1 << 20
 
@@ -40,14 +53,15 @@ class WholeTensor:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How one tensor of the view is made: `whole` or else the base's `source`, plus the pair's ΔW."""
+    """How one tensor of the view is made: `whole` or else the base's `source`, updated by the part."""
 
     adapter: Adapter
-    source: str
+    source: str | None
+    """None: zeros, for a bias that the base does not have."""
     whole: WholeTensor | None = None
-    pair: LowRank | None = None
+    part: Part | None = None
     transposed: bool = False
-    """Whether the stored weight is (BA)ᵀ: embeddings and Conv1D."""
+    """Whether the tensor is stored the other way round than PEFT's part has it: embeddings of LoRA, and Conv1D."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +70,10 @@ class Placement:
 
     changes: dict[str, Change]
     """By the view's tensor names."""
-    untied_head: TensorInfo | None
-    """A head that the base's files lack and the merged model needs."""
-    tied: bool | None
-    """What config.json must say from now on; None: as it was."""
+    added: tuple[TensorInfo, ...] = ()
+    """Tensors that the base's files lack and the merged model needs: an untied head, biases."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json must say from now on, beside what it said."""
 
 
 def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
@@ -80,22 +94,27 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     for path, tensor in adapter.saved.items():
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
-    pairs: dict[str, LowRank] = {}
-    for pair in adapter.pairs.values():
-        if name := _fit_pair(base, adapter, ends, pair, misfits):
-            pairs[name] = pair
+    shapes = {name: adapter.reader.tensors[tensor].shape for name, tensor in whole.items()}
+    parts: dict[str, Part] = {}
+    biases: dict[str, Part] = {}
+    for path, part in adapter.parts.items():
+        if name := _fit_part(base, ends, path, part, shapes, misfits):
+            parts[name] = part
+        elif part.parameter == "bias" and _locate(base, ends, f"{part.module}.weight"):
+            biases[path] = part
     if misfits:
         raise _other_base(adapter, misfits)
     changes = {}
-    for name in {**whole, **pairs}:
+    for name in {**whole, **parts}:
         source = ends.source(name)
         stand_in = WholeTensor(adapter.reader, whole[name]) if name in whole else None
         if stand_in and _equal(base, source, stand_in.reader, stand_in.name):
             stand_in = None
-        if stand_in or name in pairs:
-            transposed = name in pairs and _is_transposed(base, pairs[name])
-            changes[name] = Change(adapter, source, stand_in, pairs.get(name), transposed)
-    return _settle_tie(base, adapter, ends, changes)
+        if stand_in or name in parts:
+            transposed = name in parts and _is_transposed(base, parts[name])
+            changes[name] = Change(adapter, source, stand_in, parts.get(name), transposed)
+    placement = _settle_tie(base, adapter, ends, changes)
+    return _add_biases(base, adapter, biases, placement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,20 +166,68 @@ def _fit_whole(
     return None
 
 
-def _fit_pair(base: StoredCheckpoint, adapter: Adapter, ends: _Ends, pair: LowRank, misfits: list[str]) -> str | None:
-    name = _locate(base, ends, f"{pair.module}.weight")
-    if name is None or pair.embedding != (name == ends.embedding):
-        misfits.append(f"the base has no {'embedding' if pair.embedding else 'linear layer'} {pair.module}")
+def _fit_part(
+    base: StoredCheckpoint,
+    ends: _Ends,
+    path: str,
+    part: Part,
+    shapes: Mapping[str, tuple[int, ...]],
+    misfits: list[str],
+) -> str | None:
+    """The view's name for the parameter at `path`; None where the base has none, or, with a misfit, another one."""
+    name = _locate(base, ends, path)
+    embedding = isinstance(part, LowRank) and part.embedding
+    if name is None and part.parameter == "bias" and _locate(base, ends, f"{part.module}.weight"):
         return None
-    wanted = base.tensors[ends.source(name)].shape
-    a, b = adapter.reader.tensors[pair.a].shape, adapter.reader.tensors[pair.b].shape
-    product = (a[1], b[0]) if _is_transposed(base, pair) else (b[0], a[1])
-    if product == wanted:
+    if name is None or (isinstance(part, LowRank) and embedding != (name == ends.embedding)):
+        misfits.append(f"the base has no {'embedding' if embedding else 'linear layer'} {part.module}")
+        return None
+    shape = shapes.get(name) or base.tensors[ends.source(name)].shape
+    misfit = part.misfit(shape[::-1] if _is_transposed(base, part) else shape)
+    if misfit is None:
         return name
-    misfits.append(
-        f"{pair.module}: lora_A {list(a)} and lora_B {list(b)} make {list(product)}, the base has {list(wanted)}"
-    )
+    misfits.append(misfit)
     return None
+
+
+def _add_biases(
+    base: StoredCheckpoint, adapter: Adapter, biases: Mapping[str, Part], placement: Placement
+) -> Placement:
+    """Biases that the adapter adds and the base lacks: zeros beside them, where the architecture can hold them.
+
+    Raises AdapterError where it cannot.
+    """
+    if not biases:
+        return placement
+    kind = str(base.config.get("model_type"))
+    switches = _BIAS_SWITCHES.get(kind, {})
+    config = dict(placement.config)
+    changes = dict(placement.changes)
+    added = list(placement.added)
+    for switch, modules in switches.items():
+        wanted = {path: part for path, part in biases.items() if part.module.rpartition(".")[2] in modules}
+        if not wanted or base.config.get(switch):
+            continue
+        config[switch] = True
+        for name, info in base.tensors.items():
+            module, _, parameter = name.rpartition(".")
+            if parameter == "weight" and module.rpartition(".")[2] in modules:
+                bias = f"{module}.bias"
+                part = wanted.get(bias)
+                added.append(TensorInfo(bias, info.shape[:1], info.dtype, info.shard))
+                changes[bias] = Change(adapter, None, None, part)
+                misfit = part.misfit(info.shape[:1]) if part else None
+                if misfit:
+                    raise _other_base(adapter, [misfit])
+    lost = sorted(biases.keys() - changes.keys())
+    if lost:
+        raise AdapterError(
+            "adapter-bias",
+            f"the adapter adds a bias to {lost[0]}, and a {kind} model has no place for it",
+            why=f"{len(lost)} of its biases would be lost",
+            hint="train with lora_bias=False",
+        )
+    return Placement(changes, tuple(added), config)
 
 
 def _check_saved(base: StoredCheckpoint, adapter: Adapter, ends: _Ends) -> None:
@@ -190,19 +257,21 @@ def _settle_tie(base: StoredCheckpoint, adapter: Adapter, ends: _Ends, changes: 
     """Unties embedding and head exactly where the live model computes with two different weights."""
     if not ends.tied or ends.embedding is None:
         said_tied = ends.head_stored and base.config.get("tie_word_embeddings") is True
-        return Placement(changes, None, tied=False if said_tied and base.task == "causal-lm" else None)
+        return Placement(changes, config=_UNTIED if said_tied and base.task == "causal-lm" else {})
     embedding, head = changes.get(ends.embedding), changes.get(ends.head)
+    if embedding and isinstance(embedding.part, TokenRows) and (head is None or head.part is embedding.part):
+        head = embedding  # PEFT trains the rows of the one weight, for both ends
     if _same_change(embedding, head):
         changes.pop(ends.head, None)
         if embedding and ends.head_stored:
             changes[ends.head] = replace(embedding, source=ends.head)
-        return Placement(changes, None, None)
+        return Placement(changes)
     if adapter.config.get("ensure_weight_tying"):
         raise _ambiguous("ensure_weight_tying is set, and it changes embedding and head differently")
     if ends.head_stored:
-        return Placement(changes, None, tied=False)
+        return Placement(changes, config=_UNTIED)
     changes.setdefault(ends.head, Change(adapter, ends.embedding))
-    return Placement(changes, replace(base.tensors[ends.embedding], name=ends.head), tied=False)
+    return Placement(changes, (replace(base.tensors[ends.embedding], name=ends.head),), _UNTIED)
 
 
 def _same_change(one: Change | None, other: Change | None) -> bool:
@@ -214,11 +283,14 @@ def _same_change(one: Change | None, other: Change | None) -> bool:
             return False
     elif not _equal(reader, one.whole.name, reader, other.whole.name):
         return False
-    if one.pair is None or other.pair is None:
-        return one.pair is other.pair
-    return (one.pair.rank, one.pair.scale) == (other.pair.rank, other.pair.scale) and all(
-        np.array_equal(_all_rows(reader, mine), _all_rows(reader, theirs).T)
-        for mine, theirs in ((one.pair.a, other.pair.b), (one.pair.b, other.pair.a))
+    mine, theirs = one.part, other.part
+    if isinstance(mine, TokenRows) and isinstance(theirs, TokenRows):
+        return mine.indices == theirs.indices and _equal(reader, mine.tensor, reader, theirs.tensor)
+    if not isinstance(mine, LowRank) or not isinstance(theirs, LowRank):
+        return mine is theirs
+    return (mine.rank, mine.scale, mine.magnitude) == (theirs.rank, theirs.scale, theirs.magnitude) and all(
+        np.array_equal(_all_rows(reader, a), _all_rows(reader, b).T)
+        for a, b in ((mine.a, theirs.b), (mine.b, theirs.a))
     )
 
 
@@ -236,9 +308,9 @@ def _locate(base: StoredCheckpoint, ends: _Ends, path: str) -> str | None:
     return longer[0] if len(longer) == 1 else None
 
 
-def _is_transposed(base: StoredCheckpoint, pair: LowRank) -> bool:
-    conv1d = base.config.get("model_type") in _CONV1D_MODELS and pair.module.endswith(_CONV1D_MODULES)
-    return pair.embedding or conv1d
+def _is_transposed(base: StoredCheckpoint, part: Part) -> bool:
+    conv1d = base.config.get("model_type") in _CONV1D_MODELS and part.module.endswith(_CONV1D_MODULES)
+    return part.parameter == "weight" and (conv1d or (isinstance(part, LowRank) and part.embedding))
 
 
 def _equal(
@@ -275,7 +347,7 @@ def _check_task(base: StoredCheckpoint, adapter: Adapter) -> None:
 
 def _other_base(adapter: Adapter, misfits: list[str]) -> AdapterError:
     """One error for all that does not fit. Where most of it fits, the base is right and the adapter is broken."""
-    parts = len(adapter.pairs) + len(adapter.saved) + len(adapter.replaced)
+    parts = len(adapter.parts) + len(adapter.saved) + len(adapter.replaced)
     if 2 * len(misfits) < parts:
         return AdapterError(
             "adapter-shape",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora2edge.adapters.settings import check_settings
+from lora2edge.adapters.kinds import lora
+from lora2edge.adapters.kinds.lora import LowRank
+from lora2edge.adapters.parts import Part
+from lora2edge.adapters.settings import check_settings, kind_name
 from lora2edge.checkpoint import (
     FLOAT_DTYPES,
     Source,
@@ -29,24 +30,13 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
+KINDS: Mapping[str, Callable[[Mapping[str, Any], TensorReader, Mapping[str, str]], list[Part]]] = {
+    "LORA": lora.read,
+}
+"""`peft_type` → what reads the kind's own tensors: (config, reader, path in the model → name in the file) → parts."""
+
 _ROWS_AT_ONCE = 1 << 20
 """Elements looked at together when searching for NaN."""
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """One LoRA pair: ΔW = scale · B A, as PEFT computes it."""
-
-    module: str
-    """Path in the model, e.g. `model.layers.0.self_attn.q_proj`."""
-    embedding: bool
-    """Whether PEFT stored it as an embedding's: A `[r, vocabulary]`, B `[hidden, r]`."""
-    a: str
-    b: str
-    """Names of the two tensors in the file."""
-    rank: int
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -56,8 +46,8 @@ class Adapter:
     source: Source
     config: Mapping[str, Any]
     reader: TensorReader
-    pairs: Mapping[str, LowRank]
-    """By module path."""
+    parts: Mapping[str, Part]
+    """By parameter path, e.g. `model.layers.0.self_attn.q_proj.weight`."""
     saved: Mapping[str, str] = field(default_factory=dict)
     """Parameter path → tensor: what modules_to_save trained whole; replaces that module's weight."""
     replaced: Mapping[str, str] = field(default_factory=dict)
@@ -85,19 +75,33 @@ class Adapter:
 
     def describe(self) -> dict[str, Any]:
         """What kind of adapter it is, JSON-ready: for reports and `inspect`."""
-        ranks = sorted({pair.rank for pair in self.pairs.values()})
+        ranks = sorted({part.rank for part in self.parts.values() if isinstance(part, LowRank)})
         return {
             "name": self.path.name,
-            "kind": "rsLoRA" if self.config.get("use_rslora") else "LoRA",
-            "rank": ranks[0] if len(ranks) == 1 else ranks,
-            "tensors": 2 * len(self.pairs) + len(self.saved) + len(self.replaced),
-            "adapted": len(self.pairs) + len(self.saved),
+            "kind": kind_name(self.config),
+            "rank": ranks[0] if len(ranks) == 1 else ranks or self.config.get("r"),
+            "tensors": len(self.reader.tensors),
+            "adapted": len({part.module for part in self.parts.values()}) + len(self.saved),
         }
 
     def file_hashes(self) -> dict[str, str]:
         """File name → sha256 of every file that is used."""
         paths = [self.path / CONFIG, self.path / WEIGHTS, *tokenizer_files(self.path).values()]
         return {path.name: sha256_file(path) for path in paths}
+
+    def check_finite(self) -> None:
+        """Reads every tensor once. Raises AdapterError for NaN and infinity."""
+        for name, info in self.reader.tensors.items():
+            rows = info.shape[0] if info.shape else 1
+            step = max(1, _ROWS_AT_ONCE * rows // max(info.size, 1))
+            for start in range(0, rows, step):
+                if not np.isfinite(self.reader.rows(name, start, min(start + step, rows))).all():
+                    raise AdapterError(
+                        "adapter-nan",
+                        f"adapter tensor {name} holds NaN or infinity",
+                        why="the training diverged, or the file was damaged",
+                        hint="take an earlier training checkpoint",
+                    )
 
     def close(self) -> None:
         self.reader.close()
@@ -106,8 +110,7 @@ class Adapter:
 def read_adapter(where: str | Path) -> Adapter:
     """The adapter in the folder `where`, or of the hub id `org/name[@REV]`.
 
-    Reads every tensor once, to refuse NaN and infinity. Raises AdapterError, or Refusals with all settings that
-    cannot be merged.
+    Reads no weight. Raises AdapterError, or Refusals with all settings that cannot be merged.
     """
     source = resolve_source(where, "adapter")
     folder = source.folder
@@ -118,7 +121,6 @@ def read_adapter(where: str | Path) -> Adapter:
     reader = _open_weights(folder)
     try:
         adapter = _sort_tensors(source, config, reader)
-        _check_finite(reader)
     except BaseException:
         reader.close()
         raise
@@ -143,11 +145,9 @@ def _open_weights(folder: Path) -> TensorReader:
 
 def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReader) -> Adapter:
     """Gives every tensor its role. Raises AdapterError for one that has none."""
-    sides: dict[tuple[str, bool], dict[str, str]] = {}
-    saved, replaced, strangers = {}, {}, []
-    saved_modules = config.get("modules_to_save") or []
+    paths: dict[str, str] = {}
+    strangers = []
     for name, info in reader.tensors.items():
-        path = name.removeprefix(_PREFIX)
         if info.dtype not in FLOAT_DTYPES:
             raise AdapterError(
                 "adapter-dtype",
@@ -155,11 +155,21 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
                 why=f"known: {', '.join(FLOAT_DTYPES)}",
                 hint="save the adapter again in float32 or bfloat16",
             )
-        if path == name:
+        if name.startswith(_PREFIX):
+            paths[name.removeprefix(_PREFIX)] = name
+        else:
             strangers.append(name)
-        elif low_rank := _LOW_RANK.fullmatch(path):
-            sides.setdefault((low_rank["module"], bool(low_rank["embedding"])), {})[low_rank["side"]] = name
-        elif path.endswith(".base_layer.weight"):
+    parts: dict[str, Part] = {}
+    for part in KINDS[config["peft_type"]](config, reader, paths):
+        if parts.setdefault(f"{part.module}.{part.parameter}", part) is not part:
+            raise _ambiguous(part.module)
+    used = {name for part in parts.values() for name in part.tensors}
+    saved, replaced = {}, {}
+    saved_modules = config.get("modules_to_save") or []
+    for path, name in paths.items():
+        if name in used:
+            continue
+        if path.endswith(".base_layer.weight"):
             replaced[path.replace(".base_layer.", ".")] = name
         elif is_saved(path, saved_modules):
             saved[path] = name
@@ -169,82 +179,24 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
             strangers.append(name)
     if strangers:
         raise _unused(strangers)
-    pairs = {module: _pair(config, reader, module, embedding, found) for (module, embedding), found in sides.items()}
-    if len(pairs) != len(sides) or any(f"{module}.weight" in saved for module in pairs):
-        raise AdapterError(
-            "adapter-ambiguous",
-            "a module is adapted in two ways",
-            why=f"among {', '.join(sorted(module for module, _ in sides)[:3])}",
-            hint="train with each module either in target_modules or in modules_to_save",
-        )
-    return Adapter(source, config, reader, pairs, saved, replaced)
+    if both := sorted(parts.keys() & saved.keys()):
+        raise _ambiguous(both[0])
+    return Adapter(source, config, reader, parts, saved, replaced)
 
 
-def _pair(
-    config: Mapping[str, Any], reader: TensorReader, module: str, embedding: bool, found: Mapping[str, str]
-) -> LowRank:
-    present = next(iter(found.values()))
-    if len(found) == 1:
-        missing = "B" if "A" in found else "A"
-        raise AdapterError(
-            "adapter-incomplete",
-            f"{module} has no lora_{missing}",
-            why=f"the file holds {present} only",
-            hint="the save was cut short: save the adapter again",
-        )
-    rank = _pattern_value(config, "rank_pattern", module, config["r"])
-    alpha = _pattern_value(config, "alpha_pattern", module, config["lora_alpha"])
-    a, b = reader.tensors[found["A"]], reader.tensors[found["B"]]
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        raise AdapterError(
-            "adapter-shape",
-            f"{module}: lora_A is {list(a.shape)}, lora_B is {list(b.shape)}",
-            why="both must have two axes; convolutions are not supported, and DeepSpeed or FSDP saves shards when "
-            "they are not gathered first",
-            hint="gather the weights, then save the adapter again",
-        )
-    if not a.shape[0] == b.shape[1] == rank:
-        raise AdapterError(
-            "adapter-rank",
-            f"{module}: lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}, {CONFIG} says {rank}",
-            why="r, or the key of rank_pattern that matches the module",
-            hint=f"restore the {CONFIG} that was saved with these weights",
-        )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LowRank(module, embedding, found["A"], found["B"], rank, scale)
-
-
-def _pattern_value(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the whole path, or its end after a dot, as a regex."""
-    for pattern, value in (config.get(key) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise AdapterError(
-                "bad-adapter-config", f"{key} has a key that is no regular expression", why=f"{pattern!r}: {error}"
-            ) from error
-    return default
+def _ambiguous(where: str) -> AdapterError:
+    return AdapterError(
+        "adapter-ambiguous",
+        "a module is adapted in two ways",
+        why=f"{where}",
+        hint="train with each module either in target_modules or in modules_to_save",
+    )
 
 
 def is_saved(path: str, entries: list[str]) -> bool:
     """PEFT's rule: a module whose path ends with an entry is saved whole, with everything inside it."""
     parts = path.split(".")
     return any(".".join(parts[:end]).endswith(entry) for end in range(1, len(parts)) for entry in entries)
-
-
-def _check_finite(reader: TensorReader) -> None:
-    for name, info in reader.tensors.items():
-        rows = info.shape[0] if info.shape else 1
-        step = max(1, _ROWS_AT_ONCE * rows // max(info.size, 1))
-        for start in range(0, rows, step):
-            if not np.isfinite(reader.rows(name, start, min(start + step, rows))).all():
-                raise AdapterError(
-                    "adapter-nan",
-                    f"adapter tensor {name} holds NaN or infinity",
-                    why="the training diverged, or the file was damaged",
-                    hint="take an earlier training checkpoint",
-                )
 
 
 def _unused(names: list[str]) -> AdapterError:

@@ -10,18 +10,15 @@ from lora2edge.errors import AdapterError, InputError, refuse
 _NO_EFFECT = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 """Keys that the merge handles, or that only matter for training or for how the first weights were drawn."""
 
 _REFUSED = {
-    "use_dora": ("DoRA scales each row by a trained length", "train with use_dora=False"),
-    "lora_bias": ("the adapter adds a bias of its own to each module", "train with lora_bias=False"),
     "layer_replication": ("the adapter stacks copies of layers", "build that base first, then train on it"),
     "target_parameters": ("it adapts parameters, not modules", "train with target_modules"),
-    "trainable_token_indices": ("single token embeddings were trained", "train with modules_to_save=['embed_tokens']"),
     "use_qalora": ("QALoRA pools the inputs of each group", "train with use_qalora=False"),
     "alora_invocation_tokens": (
         "an activated LoRA acts only after its invocation tokens, a merged weight always",
@@ -32,6 +29,13 @@ _REFUSED = {
 }
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+
+
+def kind_name(config: Mapping[str, Any]) -> str:
+    """What people call the adapter's kind: "LoRA", "rsLoRA", "DoRA", …"""
+    if config.get("use_dora"):
+        return "rsDoRA" if config.get("use_rslora") else "DoRA"
+    return "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
 def check_settings(config: Mapping[str, Any]) -> None:

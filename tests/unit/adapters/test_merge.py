@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from lora2edge.adapters import merge, open_view, read_adapter, written_config
+from lora2edge.adapters.kinds.lora import PairUpdate
 from lora2edge.backends.hf.write import write_checkpoint
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import AdapterRef, CheckpointRef
@@ -88,10 +89,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "tying-lora-both": {"targets": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
     "tying-saved-embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "tying-saved-both": {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    "dora": {"use_dora": True},
+    "dora-rslora": {"use_dora": True, "use_rslora": True},
+    "dora-embedding": {"use_dora": True, "targets": ["embed_tokens", "q_proj"]},
+    "dora-head": {"use_dora": True, "targets": ["lm_head", "q_proj"]},
+    "biases": {"lora_bias": True, "targets": ["q_proj", "k_proj", "v_proj"]},
+    "tokens": {"trainable_token_indices": [5, 300, 77]},
+    "tokens-by-name": {"trainable_token_indices": {"embed_tokens": [5, 300]}},
+    "tokens-of-both": {"trainable_token_indices": {"embed_tokens": [5, 300], "lm_head": [5, 12]}},
+    "tying-tokens": {"trainable_token_indices": [5, 300, 77], "ensure_weight_tying": True},
 }
 UNTIES = {
     "lora-embedding", "lora-head", "lora-both", "lora-embedding-saved-head", "saved-embedding", "saved-head",
-    "saved-both",
+    "saved-both", "dora-embedding", "dora-head", "tokens-of-both",
 }  # fmt: skip
 
 
@@ -135,15 +145,49 @@ def test_half_precision_is_rounded_once(dtype: str, tmp_path: Path) -> None:
     assert view.adapted == {name for name in stored if name.endswith("proj.weight")}
 
 
-def test_conv1d_stores_the_weight_the_other_way(tmp_path: Path) -> None:
-    """GPT-2's attention c_proj is square: only the layer's class tells how it is stored."""
-    base = tmp_path / "base"
+def make_gpt2(base: Path) -> Any:
     config = GPT2Config(vocab_size=768, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
     randomize(model, 0)
     model.save_pretrained(base)
     bpe_tokenizer().save_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"trainable_token_indices": [5, 9]}])
+def test_conv1d_with_variants(settings: dict[str, Any], tmp_path: Path) -> None:
+    targets = ["c_attn", "c_proj", "c_fc"]
+    peft = get_peft_model(
+        make_gpt2(tmp_path / "base"), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    )
+    shake_adapter(peft)
+    peft.save_pretrained(tmp_path / "adapter")
+    assert_same_as_live(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
+def test_biases_that_the_base_lacks(arch: str, tmp_path: Path) -> None:
+    """Zeros beside the added ones, and config.json says that the layers have a bias."""
+    base = make_checkpoint(tmp_path / "base", arch, dtype="float32")
+    adapter = make_adapter(tmp_path / "adapter", base, targets=["q_proj", "o_proj"], lora_bias=True)
+    view = assert_same_as_live(base, adapter, tmp_path / "out", noise=1e-3 if arch == "gemma2" else FLOAT32_NOISE)
+    assert view.config["attention_bias"] is True
+    assert "model.layers.1.self_attn.v_proj.bias" in view.tensors
+    assert not view.rows("model.layers.1.self_attn.v_proj.bias", 0, 3).any()
+    assert view.stored("model.layers.1.self_attn.v_proj.bias") is None
+
+
+def test_biases_that_the_architecture_cannot_hold(bases: dict[bool, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases[True], targets=["q_proj", "o_proj"], lora_bias=True)
+    with pytest.raises(AdapterError, match="no place for it") as error:
+        merge(open_checkpoint(bases[True]), [read_adapter(adapter)])
+    assert error.value.code == "adapter-bias"
+
+
+def test_conv1d_stores_the_weight_the_other_way(tmp_path: Path) -> None:
+    """GPT-2's attention c_proj is square: only the layer's class tells how it is stored."""
+    base = tmp_path / "base"
+    model = make_gpt2(base)
     targets = ["c_attn", "c_proj", "c_fc"]
     peft = get_peft_model(model, LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"))
     shake_adapter(peft)
@@ -390,8 +434,9 @@ def test_formula_check_catches_a_wrong_product(
     view = merge(open_checkpoint(bases[True]), [read_adapter(adapter)])
     name = "model.layers.0.mlp.up_proj.weight"
     view.rows(name, 0, 8)
-    factors = view._factors[name]
-    factors.right[1, 3] += 0.01
+    update = view._updates[name]
+    assert isinstance(update, PairUpdate)
+    update.right[1, 3] += 0.01
     with pytest.raises(ProofError) as error:
         view.rows(name, 0, 8)
     assert error.value.code == "merge-formula"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora2edge.adapters import read_adapter
+from lora2edge.adapters.kinds.lora import LowRank
 from lora2edge.errors import AdapterError, Refusals
 from tests.tiny import make_adapter, make_checkpoint
 
@@ -63,11 +64,12 @@ def test_scales_are_those_of_peft(made: tuple[Path, Path], tmp_path: Path) -> No
         read = read_adapter(folder)
         live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made[0]), folder)
         modules = dict(live.base_model.model.named_modules())
-        assert len(read.pairs) == 14
-        for path, pair in read.pairs.items():
-            assert pair.scale == pytest.approx(modules[path].scaling["default"]), path
-            assert pair.rank == modules[path].r["default"]
-        assert len({pair.scale for pair in read.pairs.values()}) >= 4
+        assert len(read.parts) == 14
+        pairs = [part for part in read.parts.values() if isinstance(part, LowRank)]
+        for pair in pairs:
+            assert pair.scale == pytest.approx(modules[pair.module].scaling["default"]), pair.module
+            assert pair.rank == modules[pair.module].r["default"]
+        assert len({pair.scale for pair in pairs}) >= 4
 
 
 def test_what_the_adapter_names(adapter: Path, made: tuple[Path, Path]) -> None:
@@ -81,12 +83,9 @@ def test_what_the_adapter_names(adapter: Path, made: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("setting", "word"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"bias": "lora_only"}, "bias"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"use_qalora": True}, "use_qalora"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
         ({"arrow_config": {"top_k": 3}}, "arrow_config"),
@@ -117,16 +116,16 @@ def test_harmless_settings_are_accepted(adapter: Path) -> None:
     edit_config(
         adapter, init_lora_weights="gaussian", lora_dropout=0.1, layers_to_transform=[0], unknown_but_unset=None
     )
-    assert len(read_adapter(adapter).pairs) == 14
+    assert len(read_adapter(adapter).parts) == 14
 
 
 def test_every_field_of_the_installed_peft_is_known_at_its_default(adapter: Path) -> None:
     edit_config(adapter, **{**LoraConfig(task_type="CAUSAL_LM").to_dict(), "r": 4, "peft_type": "LORA"})
-    assert len(read_adapter(adapter).pairs) == 14
+    assert len(read_adapter(adapter).parts) == 14
 
 
 def test_several_refusals_come_together(adapter: Path) -> None:
-    edit_config(adapter, use_dora=True, bias="all")
+    edit_config(adapter, use_qalora=True, bias="all")
     with pytest.raises(Refusals) as error:
         read_adapter(adapter)
     assert [item.code for item in error.value.errors] == ["adapter-setting", "adapter-setting"]
@@ -155,7 +154,9 @@ def test_malformed_settings(adapter: Path, setting: dict[str, Any]) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_refused(adapter: Path, value: float) -> None:
     edit_weights(adapter, lambda weights: weights[f"{Q}.lora_B.weight"].view(-1)[17].fill_(value).sum())
-    error = refused(adapter)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(adapter).check_finite()
+    error = caught.value
     assert error.code == "adapter-nan"
     assert f"{Q}.lora_B.weight" in error.what
 
@@ -182,13 +183,29 @@ def test_empty_shards_of_a_distributed_save(adapter: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [f"{Q}.lora_magnitude_vector", f"{Q}.hada_w1_a", "model.layers.0.lora_A.weight", f"{Q}.lora_A.default.weight"],
+    [f"{Q}.hada_w1_a", "model.layers.0.lora_A.weight", f"{Q}.lora_A.default.weight"],
 )
 def test_unused_tensors_are_an_error(adapter: Path, name: str) -> None:
     edit_weights(adapter, lambda weights: weights.update({name: torch.ones(4)}))
     error = refused(adapter)
     assert error.code == "adapter-unused-tensor"
     assert name in error.what
+
+
+def test_dora_needs_its_lengths(adapter: Path) -> None:
+    edit_config(adapter, use_dora=True)
+    assert refused(adapter).code == "adapter-incomplete"
+    edit_config(adapter, use_dora=False)
+    edit_weights(adapter, lambda weights: weights.update({f"{Q}.lora_magnitude_vector": torch.ones(4)}))
+    assert refused(adapter).code == "adapter-incomplete"
+
+
+@pytest.mark.parametrize("indices", [None, [1, 2], [1, 1, 2], [1, 2, -3], [1, 2, "3"], {"lm_head": [1, 2, 3]}, 7])
+def test_token_rows_need_their_indices(adapter: Path, indices: Any) -> None:
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    edit_config(adapter, trainable_token_indices=indices)
+    edit_weights(adapter, lambda weights: weights.update({name: torch.ones(3, 64)}))
+    assert refused(adapter).code == "bad-adapter-config"
 
 
 def test_module_adapted_in_two_ways(adapter: Path) -> None:

@@ -1,0 +1,338 @@
+"""LoRA (arXiv 2106.09685) with its variants: rsLoRA (2312.03732), DoRA (2402.09353), biases, single tokens."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora2edge.adapters.parts import Part, Update
+from lora2edge.checkpoint import TensorReader
+from lora2edge.errors import AdapterError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora2edge.contracts import FloatArray
+
+_LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
+_BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """One LoRA pair: ΔW = scale · B A, as PEFT computes it; with `magnitude`, rows of W + ΔW of that length (DoRA)."""
+
+    module: str
+    reader: TensorReader
+    embedding: bool
+    """Whether PEFT stored it as an embedding's: A `[r, vocabulary]`, B `[hidden, r]`."""
+    a: str
+    b: str
+    """Names of the two tensors in the file."""
+    rank: int
+    scale: float
+    shape: tuple[int, int]
+    """`[out, in]` of BA."""
+    magnitude: str | None = None
+    """`[out]`."""
+
+    @property
+    def parameter(self) -> str:
+        return "weight"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        if shape == self.shape:
+            return None
+        return f"{self.module}: lora_A and lora_B make {list(self.shape)}, the base has {list(shape)}"
+
+    def load(self) -> PairUpdate:
+        a, b = self._factors()
+        return PairUpdate.of(b, a, lengths=self._lengths())
+
+    def load_transposed(self, slabs: Callable[[], Iterator[tuple[int, int, FloatArray]]]) -> PairUpdate:
+        """The same for a weight that is stored `[in, out]`: `apply` takes rows of that.
+
+        `slabs` gives all of the unmerged weight as (start, stop, rows), for DoRA's lengths.
+        """
+        a, b = self._factors()
+        update = PairUpdate.of(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T))
+        lengths = self._lengths()
+        if lengths is None:
+            return update
+        squares = np.zeros(len(lengths), np.float64)
+        for start, stop, rows in slabs():
+            squares += np.square(update.add(rows, start, stop), dtype=np.float64).sum(0)
+        return replace(update, columns=(lengths / np.sqrt(squares)).astype(np.float32))
+
+    def _factors(self) -> tuple[FloatArray, FloatArray]:
+        """A and scale · B, in float32."""
+        return _whole(self.reader, self.a), _whole(self.reader, self.b) * np.float32(self.scale)
+
+    def _lengths(self) -> FloatArray | None:
+        return None if self.magnitude is None else _whole(self.reader, self.magnitude)
+
+
+@dataclass(frozen=True, slots=True)
+class PairUpdate:
+    """ΔW = left · right, in the orientation of the rows that `apply` takes."""
+
+    left: FloatArray
+    """`[rows, r]`, scale included."""
+    right: FloatArray
+    """`[r, columns]`."""
+    probe: FloatArray
+    """`[columns]`, ±1: for a check of the product by another route."""
+    right_probe: NDArray[np.float64]
+    """right · probe, `[r]`."""
+    lengths: FloatArray | None = None
+    """`[rows]`: DoRA's magnitudes, the length of each merged row."""
+    columns: FloatArray | None = None
+    """`[columns]`: the same where rows are inputs: what each column of the sum is multiplied by."""
+
+    @staticmethod
+    def of(left: FloatArray, right: FloatArray, lengths: FloatArray | None = None) -> PairUpdate:
+        signs = np.random.default_rng(right.shape[1]).random(right.shape[1]) < 0.5
+        probe = np.where(signs, -1, 1).astype(np.float32)
+        return PairUpdate(left, right, probe, right.astype(np.float64) @ probe, lengths)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the merged weight is W + ΔW and no more."""
+        return self.lengths is None and self.columns is None
+
+    def product(self, start: int, stop: int) -> FloatArray:
+        """Rows of ΔW."""
+        product: FloatArray = self.left[start:stop] @ self.right
+        return product
+
+    def add(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
+        """Adds rows of ΔW to `rows` itself."""
+        rows += self.product(start, stop)
+        return rows
+
+    def resize(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
+        """Gives rows of W + ΔW the lengths that DoRA trained."""
+        if self.lengths is not None:
+            norms = np.sqrt(np.square(rows, dtype=np.float64).sum(1))
+            rows *= (self.lengths[start:stop] / norms).astype(np.float32)[:, None]
+        if self.columns is not None:
+            rows *= self.columns
+        return rows
+
+    def apply(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
+        return self.resize(self.add(rows, start, stop), start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class AddedBias:
+    """`lora_bias`: the base's bias, or zeros, plus scale · b."""
+
+    module: str
+    reader: TensorReader
+    tensor: str
+    scale: float
+
+    @property
+    def parameter(self) -> str:
+        return "bias"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.tensor,)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        return _wanted(self, self.reader.tensors[self.tensor].shape, shape)
+
+    def load(self) -> Update:
+        return _Addition(_whole(self.reader, self.tensor) * np.float32(self.scale))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """`trainable_token_indices`: some rows of an embedding, trained whole."""
+
+    module: str
+    reader: TensorReader
+    tensor: str
+    indices: tuple[int, ...]
+
+    @property
+    def parameter(self) -> str:
+        return "weight"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.tensor,)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        beyond = [index for index in self.indices if index >= shape[0]]
+        if beyond:
+            return f"{self.module} has {shape[0]} rows, token {beyond[0]} was trained"
+        return _wanted(self, self.reader.tensors[self.tensor].shape, (len(self.indices), *shape[1:]))
+
+    def load(self) -> Update:
+        return _Replacement(np.asarray(self.indices), _whole(self.reader, self.tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class _Addition:
+    values: FloatArray
+
+    def apply(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
+        rows += self.values[start:stop]
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Replacement:
+    indices: Any
+    """`[n]` int64."""
+    values: FloatArray
+    """`[n, H]`."""
+
+    def apply(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
+        inside = (start <= self.indices) & (self.indices < stop)
+        rows[self.indices[inside] - start] = self.values[inside]
+        return rows
+
+
+def read(config: Mapping[str, Any], reader: TensorReader, tensors: Mapping[str, str]) -> list[Part]:
+    """The parts of a LoRA adapter; `tensors`: path in the model → name in the file. Other tensors are left alone.
+
+    Raises AdapterError for pairs that are incomplete or do not agree with the configuration.
+    """
+    sides: dict[tuple[str, bool], dict[str, str]] = {}
+    magnitudes: dict[str, str] = {}
+    parts: list[Part] = []
+    for path, name in tensors.items():
+        if found := _LOW_RANK.fullmatch(path):
+            sides.setdefault((found["module"], bool(found["embedding"])), {})[found["side"]] = name
+        elif found := _MAGNITUDE.fullmatch(path):
+            magnitudes[found["module"]] = name
+        elif found := _BIAS.fullmatch(path):
+            parts.append(AddedBias(found["module"], reader, name, _scale(config, found["module"])[1]))
+        elif found := _TOKENS.fullmatch(path):
+            parts.append(_token_rows(config, reader, found["module"], name))
+    _check_magnitudes(config, {module for module, _ in sides}, magnitudes)
+    pairs = [
+        _pair(config, reader, module, embedding, found, magnitudes.get(module))
+        for (module, embedding), found in sides.items()
+    ]
+    return [*pairs, *parts]
+
+
+def _pair(
+    config: Mapping[str, Any],
+    reader: TensorReader,
+    module: str,
+    embedding: bool,
+    found: Mapping[str, str],
+    magnitude: str | None,
+) -> LowRank:
+    present = next(iter(found.values()))
+    if len(found) == 1:
+        missing = "B" if "A" in found else "A"
+        raise AdapterError(
+            "adapter-incomplete",
+            f"{module} has no lora_{missing}",
+            why=f"the file holds {present} only",
+            hint="the save was cut short: save the adapter again",
+        )
+    rank, scale = _scale(config, module)
+    a, b = reader.tensors[found["A"]], reader.tensors[found["B"]]
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise AdapterError(
+            "adapter-shape",
+            f"{module}: lora_A is {list(a.shape)}, lora_B is {list(b.shape)}",
+            why="both must have two axes; convolutions are not supported, and DeepSpeed or FSDP saves shards when "
+            "they are not gathered first",
+            hint="gather the weights, then save the adapter again",
+        )
+    if not a.shape[0] == b.shape[1] == rank:
+        raise AdapterError(
+            "adapter-rank",
+            f"{module}: lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}, adapter_config.json says {rank}",
+            why="r, or the key of rank_pattern that matches the module",
+            hint="restore the adapter_config.json that was saved with these weights",
+        )
+    shape = (b.shape[0], a.shape[1])
+    if magnitude is not None and reader.tensors[magnitude].shape != shape[:1]:
+        raise AdapterError(
+            "adapter-shape",
+            f"{module}: lora_magnitude_vector is {list(reader.tensors[magnitude].shape)}, [{shape[0]}] is needed",
+            why="DoRA has a length for each output",
+            hint="save the adapter again",
+        )
+    return LowRank(module, reader, embedding, found["A"], found["B"], rank, scale, shape, magnitude)
+
+
+def _check_magnitudes(config: Mapping[str, Any], modules: set[str], magnitudes: Mapping[str, str]) -> None:
+    wrong = (modules ^ set(magnitudes)) if config.get("use_dora") else set(magnitudes)
+    if wrong:
+        raise AdapterError(
+            "adapter-incomplete",
+            f"use_dora is {bool(config.get('use_dora'))}, and lora_magnitude_vector does not go with it: "
+            + ", ".join(sorted(wrong)[:3]),
+            why="DoRA has a length vector for each adapted module, plain LoRA none",
+            hint="restore the adapter_config.json that was saved with these weights",
+        )
+
+
+def _scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scale of a module."""
+    rank = _pattern_value(config, "rank_pattern", module, config["r"])
+    alpha = _pattern_value(config, "alpha_pattern", module, config["lora_alpha"])
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _token_rows(config: Mapping[str, Any], reader: TensorReader, module: str, name: str) -> TokenRows:
+    """A list belongs to the input embedding, an object names modules by the end of their path."""
+    stored = config.get("trainable_token_indices")
+    if isinstance(stored, dict):
+        stored = next((indices for end, indices in stored.items() if f".{module}".endswith(f".{end}")), None)
+    count = reader.tensors[name].shape[0] if reader.tensors[name].shape else 0
+    ids = stored if isinstance(stored, list) else []
+    whole = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids)
+    if not whole or not count == len(ids) == len(set(ids)):
+        raise AdapterError(
+            "bad-adapter-config",
+            f"{module}: {count} token rows were saved, trainable_token_indices is {str(stored)[:80]}",
+            why="it must list as many different token ids",
+            hint="restore the adapter_config.json that was saved with these weights",
+        )
+    return TokenRows(module, reader, name, tuple(ids))
+
+
+def _pattern_value(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the whole path, or its end after a dot, as a regex."""
+    for pattern, value in (config.get(key) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise AdapterError(
+                "bad-adapter-config", f"{key} has a key that is no regular expression", why=f"{pattern!r}: {error}"
+            ) from error
+    return default
+
+
+def _whole(reader: TensorReader, name: str) -> FloatArray:
+    shape = reader.tensors[name].shape
+    return reader.rows(name, 0, shape[0] if shape else 1)
+
+
+def _wanted(part: AddedBias | TokenRows, has: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+    if has == wanted:
+        return None
+    return f"{part.module}.{part.parameter} is {list(has)} in the adapter, {list(wanted)} in the base"
