@@ -109,7 +109,10 @@ class MergedCheckpoint:
         rows = self._unadapted(name, change, start, stop)
         if update is not None:
             rows = update.apply(rows, start, stop)
-        return rows - self.base.rows(change.source, start, stop)
+        known = self.base.tensors[change.source].shape[0]  # fewer than there are rows, where tokens were added
+        known = min(max(known - start, 0), stop - start)
+        rows[:known] -= self.base.rows(change.source, start, start + known)
+        return rows
 
     def stored(self, name: str) -> StoredBytes | None:
         change = self._changes.get(name)

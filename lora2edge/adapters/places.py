@@ -71,7 +71,7 @@ class Placement:
     changes: dict[str, Change]
     """By the view's tensor names."""
     added: tuple[TensorInfo, ...] = ()
-    """Tensors that the base's files lack and the merged model needs: an untied head, biases."""
+    """Tensors that the base's files lack, or have in another shape: an untied head, biases, resized embeddings."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What config.json must say from now on, beside what it said."""
 
@@ -95,6 +95,7 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
     shapes = {name: adapter.reader.tensors[tensor].shape for name, tensor in whole.items()}
+    vocabulary = _resized(base, ends, shapes)
     parts: dict[str, Part] = {}
     biases: dict[str, Part] = {}
     for path, part in adapter.parts.items():
@@ -114,7 +115,40 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
             transposed = name in parts and _is_transposed(base, parts[name])
             changes[name] = Change(adapter, source, stand_in, parts.get(name), transposed)
     placement = _settle_tie(base, adapter, ends, changes)
+    if vocabulary is not None:
+        placement = _resize(base, ends, placement, vocabulary)
     return _add_biases(base, adapter, biases, placement)
+
+
+def _resized(base: StoredCheckpoint, ends: _Ends, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Rows of a vocabulary that was resized before training; None where it was not.
+
+    Raises AdapterError where the adapter does not hold all rows of both ends: what PEFT fills in is random.
+    """
+    given = {name: shapes[name][0] for name in (ends.embedding, ends.head) if name and name in shapes}
+    before = base.tensors[ends.embedding].shape[0] if ends.embedding else 0
+    if not ends.embedding or not set(given.values()) - {before}:
+        return None
+    wanted = {ends.embedding, ends.head} if ends.head_stored or ends.tied else {ends.embedding}
+    rows = max(given.values())
+    if given == dict.fromkeys(wanted, rows):
+        return rows
+    raise AdapterError(
+        "adapter-resized-vocabulary",
+        f"the adapter has a vocabulary of {rows} rows, the base of {before}",
+        why="it holds new rows for one of embedding and output head only; those of the other are not to be found",
+        hint=f"resize the base with resize_token_embeddings({rows}), save it, and give it as --base",
+    )
+
+
+def _resize(base: StoredCheckpoint, ends: _Ends, placement: Placement, rows: int) -> Placement:
+    """Gives both ends their new number of rows."""
+    infos = {info.name: info for info in placement.added}
+    for name in (ends.embedding, ends.head):
+        if name in placement.changes:
+            info = infos.get(name) or base.tensors[name]
+            infos[name] = replace(info, shape=(rows, *info.shape[1:]))
+    return Placement(placement.changes, tuple(infos.values()), {**placement.config, "vocab_size": rows})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +187,8 @@ def _fit_whole(
         misfits.append(f"the base has no {path}")
         return None
     has, wanted = adapter.reader.tensors[tensor].shape, base.tensors[ends.source(name)].shape
-    if has == wanted:
+    if has == wanted or (name in {ends.embedding, ends.head} and has[1:] == wanted[1:]):
         return name
-    if name in {ends.embedding, ends.head} and has[1:] == wanted[1:]:
-        raise AdapterError(
-            "adapter-resized-vocabulary",
-            f"{path} has {has[0]} rows in the adapter, {wanted[0]} in the base",
-            why="the vocabulary was resized before training",
-            hint=f"resize the base with resize_token_embeddings({has[0]}), save it, and give it as --base",
-        )
     misfits.append(f"{path} is {list(has)} in the adapter, {list(wanted)} in the base")
     return None
 

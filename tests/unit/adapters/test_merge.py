@@ -383,10 +383,40 @@ def test_another_base_is_refused_with_shapes_and_name(bases: dict[bool, Path], t
     assert "no linear layer model.layers.0" in error.value.why
 
 
-def test_resized_vocabulary_is_refused_with_both_numbers(bases: dict[bool, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["saved", "along", "along-tied", "lora-along-tied"])
+def test_resized_vocabulary(how: str, bases: dict[bool, Path], tmp_path: Path) -> None:
+    """Tokens were added before training: the adapter holds both ends whole, in modules_to_save or saved along."""
+    base = bases["tied" in how]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(774, mean_resizing=False)
+    randomize(model.get_input_embeddings(), 5)
+    settings: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"]} if how == "saved" else {}
+    targets = ["q_proj", "embed_tokens"] if "lora" in how else ["q_proj"]
+    peft = get_peft_model(
+        model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", ensure_weight_tying="lora" in how,
+                          **settings)
+    )  # fmt: skip
+    shake_adapter(peft)
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=how != "saved")
+    view = write_merged(base, tmp_path / "adapter", tmp_path / "out")
+    assert view.config["vocab_size"] == 774
+    assert view.tensors["model.embed_tokens.weight"].shape == (774, 64)
+    ids = torch.tensor([[5, 770, 77, 773, 12]])
+    with torch.no_grad():
+        live = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        live.resize_token_embeddings(774, mean_resizing=False)
+        expected = PeftModel.from_pretrained(live, tmp_path / "adapter").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(ids).logits
+    assert (expected - merged).abs().max() < FLOAT32_NOISE
+    delta = view.delta("model.embed_tokens.weight", 766, 774)
+    assert delta is not None
+    np.testing.assert_array_equal(delta[2:], view.rows("model.embed_tokens.weight", 768, 774))
+
+
+def test_half_a_resized_vocabulary_is_refused_with_both_numbers(bases: dict[bool, Path], tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", bases[True], modules_to_save=["embed_tokens"])
     smaller = make_checkpoint(tmp_path / "smaller", "qwen2", vocab=704)
-    with pytest.raises(AdapterError, match="768 rows in the adapter, 704 in the base") as error:
+    with pytest.raises(AdapterError, match="vocabulary of 768 rows, the base of 704") as error:
         merge(open_checkpoint(smaller), [read_adapter(adapter)])
     assert error.value.code == "adapter-resized-vocabulary"
 

@@ -1,0 +1,64 @@
+"""Every kind of adapter on every architecture against PEFT's live model; docs/adapters.md holds what came out."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from lora2edge.adapters import merge, read_adapter
+from lora2edge.backends.hf.write import write_checkpoint
+from lora2edge.checkpoint import open_checkpoint
+from lora2edge.errors import InputError, Refusals
+from lora2edge.progress import SILENT
+from tests.architectures import ARCHITECTURES, KINDS, Architecture, make_model
+from tests.tiny import shake_adapter
+
+IDS = torch.tensor([[5, 30, 77, 40, 12, 9, 60, 33, 3, 41, 150, 7]])
+TOLERANCE = 1e-5
+"""Of the largest logit."""
+
+
+def cell(kind: str, architecture: Architecture, model: Any, base: Path, scratch: Path) -> str:
+    """What becomes of the kind on the architecture: `exact`, or who refuses it and why."""
+    try:
+        peft = get_peft_model(copy.deepcopy(model), KINDS[kind](architecture))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return f"PEFT: {type(error).__name__}"
+    shake_adapter(peft)
+    peft.save_pretrained(scratch / "adapter")
+    live = PeftModel.from_pretrained(copy.deepcopy(model), scratch / "adapter").eval()
+    try:
+        view = merge(open_checkpoint(base), [read_adapter(scratch / "adapter")])
+    except InputError as error:
+        found = error.errors if isinstance(error, Refusals) else (error,)
+        return ", ".join(sorted({single.code for single in found}))
+    (scratch / "out").mkdir()
+    write_checkpoint(view, scratch / "out", SILENT)
+    merged = type(model).from_pretrained(scratch / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected, plain, found_logits = (m(input_ids=IDS).logits for m in (live, model, merged))
+    assert (expected - plain).abs().max() > 1e-3, "the adapter does nothing"
+    error_size = float((expected - found_logits).abs().max() / expected.abs().max())
+    assert error_size <= TOLERANCE, f"{kind}: {error_size:.1e}"
+    return "exact"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_kind(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model = make_model(architecture, tmp_path / "base")
+    found = {}
+    for index, kind in enumerate(KINDS):
+        scratch = tmp_path / str(index)
+        scratch.mkdir()
+        try:
+            found[kind] = cell(kind, architecture, model, tmp_path / "base", scratch)
+        except AssertionError as error:
+            found[kind] = f"WRONG {error}"
+    print(name, found)
+    assert not [f"{kind}: {text}" for kind, text in found.items() if text.startswith("WRONG")]
