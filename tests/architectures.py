@@ -48,7 +48,13 @@ _BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense"
 def _llama(name: str, tied: bool = False, config: str | None = None, **more: Any) -> Architecture:
     settings = {**_DECODER, "tie_word_embeddings": tied, **more}
     return Architecture(
-        f"{name}ForCausalLM", config or f"{name}Config", settings, LLAMA_LAYERS, ("down_proj",), "embed_tokens", "lm_head"
+        f"{name}ForCausalLM",
+        config or f"{name}Config",
+        settings,
+        LLAMA_LAYERS,
+        ("down_proj",),
+        "embed_tokens",
+        "lm_head",
     )
 
 
@@ -95,7 +101,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
          "num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": False, "bos_token_id": 1,
          "eos_token_id": 2},
         ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"), ("dense_4h_to_h",), "embed_in",
-        "embed_out",
+        "lm_head",
     ),
     "bert": _bert("Bert"),
     "roberta": _bert("Roberta", bos_token_id=1, eos_token_id=2),
@@ -145,6 +151,7 @@ KINDS: Mapping[str, Callable[[Architecture], Any]] = {
     "layers_to_transform": _lora(layers_to_transform=[1]),
     "embedding LoRA": _lora(target_modules=lambda a: [a.embedding, a.layers[0]]),
     "trainable_token_indices": _lora(trainable_token_indices=lambda a: {a.embedding: [3, 7, 50]}),
+    "target_parameters (experts)": _lora(target_modules=[], target_parameters=lambda a: list(a.parameters)),
     "modules_to_save (head)": _lora(modules_to_save=lambda a: [a.head]),
     "modules_to_save (embedding)": _lora(modules_to_save=lambda a: [a.embedding]),
 }

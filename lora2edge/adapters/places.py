@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds.lora import LowRank, TokenRows
+from lora2edge.adapters.kinds.lora import ExpertStack, LowRank, TokenRows
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter, is_saved
-from lora2edge.checkpoint import StoredCheckpoint, TensorReader, embedding_name, head_name
+from lora2edge.checkpoint import ExpertPlace, StoredCheckpoint, TensorReader, embedding_name, expert_place, head_name
 from lora2edge.contracts import TensorInfo
 from lora2edge.errors import AdapterError
 
@@ -99,7 +99,9 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     parts: dict[str, Part] = {}
     biases: dict[str, Part] = {}
     for path, part in adapter.parts.items():
-        if name := _fit_part(base, ends, path, part, shapes, misfits):
+        if isinstance(part, ExpertStack):
+            parts.update(_fit_experts(base, part, parts, misfits))
+        elif name := _fit_part(base, ends, path, part, shapes, misfits):
             parts[name] = part
         elif part.parameter == "bias" and _locate(base, ends, f"{part.module}.weight"):
             biases[path] = part
@@ -217,6 +219,31 @@ def _fit_part(
     return None
 
 
+def _fit_experts(
+    base: StoredCheckpoint, stack: ExpertStack, taken: Mapping[str, Part], misfits: list[str]
+) -> dict[str, Part]:
+    """The stack's share of each expert's matrix, by the base's tensor names; {} and a misfit where it has no place."""
+    members: dict[str, dict[str, ExpertPlace]] = {}
+    for name in base.tensors:
+        place = expert_place(base.config, name)
+        if place and place.parameter.rpartition(".")[0] == stack.module and name not in taken:
+            members.setdefault(place.parameter, {})[name] = place
+    why = f"the base has no experts {stack.module}"
+    for places in members.values():
+        experts = 1 + max(place.expert for place in places.values())
+        rows, inputs = next(base.tensors[name].shape for name in places)
+        parts = 1 + max(place.part for place in places.values())
+        misfit = stack.misfit((experts, parts * rows, inputs))
+        if misfit is None and len(places) == experts * parts:
+            return {
+                name: stack.pair(name.removesuffix(".weight"), place.expert, experts, place.part * rows, rows)
+                for name, place in places.items()
+            }
+        why = misfit or f"{stack.module} lacks experts"
+    misfits.append(why)
+    return {}
+
+
 def _add_biases(
     base: StoredCheckpoint, adapter: Adapter, biases: Mapping[str, Part], placement: Placement
 ) -> Placement:
@@ -322,16 +349,18 @@ def _same_change(one: Change | None, other: Change | None) -> bool:
 
 
 def _locate(base: StoredCheckpoint, ends: _Ends, path: str) -> str | None:
-    """The stored name of a parameter path: the same, or with a prefix like `transformer.` left out or added.
-
-    Checkpoints of a bare model lack the prefix that the model with its head has.
-    """
+    """The stored name of a parameter path: the same, the one that transformers loads into it, or with a prefix like
+    `transformer.` left out or added: checkpoints of a bare model lack the one that the model with its head has."""
     if path in base.tensors or (ends.tied and path == ends.head):
         return path
     shorter = path.partition(".")[2]
     if shorter in base.tensors:
         return shorter
-    longer = [name for name in base.tensors if name.partition(".")[2] == path]
+    longer = [
+        name
+        for name in base.tensors
+        if name.partition(".")[2] == path or (path in base.module_names(name) and not expert_place(base.config, name))
+    ]
     return longer[0] if len(longer) == 1 else None
 
 

@@ -12,13 +12,13 @@ _NO_EFFECT = {
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
+    "use_dora", "use_rslora",
 }  # fmt: skip
 """Keys that the merge handles, or that only matter for training or for how the first weights were drawn."""
 
 _REFUSED = {
     "layer_replication": ("the adapter stacks copies of layers", "build that base first, then train on it"),
-    "target_parameters": ("it adapts parameters, not modules", "train with target_modules"),
     "use_qalora": ("QALoRA pools the inputs of each group", "train with use_qalora=False"),
     "alora_invocation_tokens": (
         "an activated LoRA acts only after its invocation tokens, a merged weight always",

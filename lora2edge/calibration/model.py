@@ -9,11 +9,12 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from lora2edge.checkpoint import one_blas_thread
+from lora2edge.checkpoint import expert_place, one_blas_thread
 from lora2edge.contracts import Checkpoint, TensorInfo
 from lora2edge.errors import CheckpointError, InputError, MissingExtraError, UnsupportedError
 
@@ -35,17 +36,20 @@ def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> 
     places: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     parameters = set(places)
     places.update((name, buffer) for name, buffer in model.named_buffers() if name in model.state_dict())
-    homes = {name: [place for place in view.module_names(name) if place in places] for name in view.tensors}
+    homes = {name: _homes(view, name, places) for name in view.tensors}
     _refuse_homeless(model, [name for name, found in homes.items() if not found])
 
     def fill(name: str) -> None:
         for place in homes[name]:
-            _fill(places[place], view, view.tensors[name], rounded=rounded)
+            _fill(_part(places[place], view, name), view, view.tensors[name], rounded=rounded)
 
     with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(fill, homes):
             pass
-    missing = parameters.difference(*homes.values())
+    sizes = Counter[str]()
+    for name, found in homes.items():
+        sizes.update(dict.fromkeys(found, view.tensors[name].size))
+    missing = {place for place in parameters if sizes[place] < places[place].numel()}
     # transformers' own rule: what is missing is tied to what is there; what is there twice and differs, not.
     model.tie_weights(missing_keys=missing)
     if missing:
@@ -128,6 +132,20 @@ def _empty_model(view: Checkpoint, dtype: str, device: str) -> Any:
     with torch_errors(f"build a {kind} model"), quiet(), no_init_weights(), torch.device(device):
         config = CONFIG_MAPPING[kind].from_dict(data)
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def _homes(view: Checkpoint, name: str, places: Mapping[str, Any]) -> list[str]:
+    """The model's own names of the tensor; older classes keep those of the file."""
+    return [place for place in (*view.module_names(name), name) if place in places][:1]
+
+
+def _part(place: Any, view: Checkpoint, name: str) -> Any:
+    """The slice of a stack of experts that the tensor is, or the parameter itself."""
+    found = expert_place(view.config, name)
+    if found is None or place.dim() != 3:
+        return place
+    rows = view.tensors[name].shape[0]
+    return place[found.expert, found.part * rows : (found.part + 1) * rows]
 
 
 def _fill(place: Any, view: Checkpoint, info: TensorInfo, *, rounded: bool) -> None:

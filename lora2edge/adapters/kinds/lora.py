@@ -84,6 +84,78 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """`target_parameters`: pairs for all experts of a layer at once. PEFT wraps one such parameter in another and
+    does not save which is which: the shapes tell. `places` takes it apart into an `ExpertPair` for each matrix."""
+
+    module: str
+    """That of the experts."""
+    parameter: str
+    """Which of the nested wrappers: `weight`, `base_layer.weight`, …"""
+    reader: TensorReader
+    a: str
+    """`[experts · r, in]`."""
+    b: str
+    """`[out, r · experts]`: the experts vary fastest."""
+    rank: int
+    scale: float
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return self.a, self.b
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """`shape`: `[experts, out, in]`."""
+        a, b = self.reader.tensors[self.a].shape, self.reader.tensors[self.b].shape
+        experts, out, inputs = shape
+        if a == (experts * self.rank, inputs) and b == (out, self.rank * experts):
+            return None
+        return f"{self.module}: lora_A {list(a)} and lora_B {list(b)} are not for experts of shape {list(shape)}"
+
+    def load(self) -> Update:
+        raise AdapterError(
+            "adapter-experts",
+            f"the experts of {self.module} are stored as one tensor",
+            why="such bases are not supported: experts are expected as a matrix each",
+        )
+
+    def pair(self, module: str, expert: int, experts: int, first_row: int, rows: int) -> ExpertPair:
+        """The part for rows `first_row:first_row + rows` of one expert."""
+        return ExpertPair(module, self, expert, experts, first_row, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPair:
+    """One expert's share of a stack: ΔW = scale · B_e A_e."""
+
+    module: str
+    stack: ExpertStack
+    expert: int
+    experts: int
+    first_row: int
+    rows: int
+
+    @property
+    def parameter(self) -> str:
+        return "weight"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return self.stack.tensors
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        wanted = (self.rows, self.stack.reader.tensors[self.stack.a].shape[1])
+        return None if shape == wanted else f"{self.module} is {list(shape)} in the base, {list(wanted)} is needed"
+
+    def load(self) -> PairUpdate:
+        rank = self.stack.rank
+        a = self.stack.reader.rows(self.stack.a, self.expert * rank, (self.expert + 1) * rank)
+        b = self.stack.reader.rows(self.stack.b, self.first_row, self.first_row + self.rows)
+        left = b[:, self.expert :: self.experts] * np.float32(self.stack.scale)
+        return PairUpdate.of(np.ascontiguousarray(left), a)
+
+
+@dataclass(frozen=True, slots=True)
 class PairUpdate:
     """ΔW = left · right, in the orientation of the rows that `apply` takes."""
 
@@ -224,6 +296,8 @@ def read(config: Mapping[str, Any], reader: TensorReader, tensors: Mapping[str, 
             parts.append(AddedBias(found["module"], reader, name, _scale(config, found["module"])[1]))
         elif found := _TOKENS.fullmatch(path):
             parts.append(_token_rows(config, reader, found["module"], name))
+    stacks = [key for key in sides if _holds_experts(config, key[0])]
+    parts += [_stack(config, reader, module, sides.pop((module, side))) for module, side in stacks]
     _check_magnitudes(config, {module for module, _ in sides}, magnitudes)
     pairs = [
         _pair(config, reader, module, embedding, found, magnitudes.get(module))
@@ -275,6 +349,34 @@ def _pair(
             hint="save the adapter again",
         )
     return LowRank(module, reader, embedding, found["A"], found["B"], rank, scale, shape, magnitude)
+
+
+def _holds_experts(config: Mapping[str, Any], module: str) -> bool:
+    """Whether target_parameters names a parameter of the module."""
+    path = module.replace(".base_layer", "")
+    owners = (str(target).rpartition(".")[0] for target in config.get("target_parameters") or [])
+    return any(owner and f".{path}".endswith(f".{owner}") for owner in owners)
+
+
+def _stack(config: Mapping[str, Any], reader: TensorReader, wrapped: str, found: Mapping[str, str]) -> ExpertStack:
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise AdapterError(
+            "adapter-setting",
+            "target_parameters together with rank_pattern or alpha_pattern is not supported yet",
+            why="PEFT does not save which pattern a stack of experts fell under",
+            hint="train the experts with one rank",
+        )
+    if len(found) == 1:
+        raise AdapterError(
+            "adapter-incomplete",
+            f"{wrapped} has one of lora_A and lora_B only",
+            why=next(iter(found.values())),
+            hint="the save was cut short: save the adapter again",
+        )
+    module = wrapped.replace(".base_layer", "")
+    rank, scale = _scale(config, module)
+    nested = wrapped[len(module) + 1 :]
+    return ExpertStack(module, f"{nested}.weight".lstrip("."), reader, found["A"], found["B"], rank, scale)
 
 
 def _check_magnitudes(config: Mapping[str, Any], modules: set[str], magnitudes: Mapping[str, str]) -> None:

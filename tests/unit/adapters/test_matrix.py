@@ -25,6 +25,8 @@ TOLERANCE = 1e-5
 
 def cell(kind: str, architecture: Architecture, model: Any, base: Path, scratch: Path) -> str:
     """What becomes of the kind on the architecture: `exact`, or who refuses it and why."""
+    if "experts" in kind and not architecture.parameters:
+        return "no experts"
     try:
         peft = get_peft_model(copy.deepcopy(model), KINDS[kind](architecture))
     except (ValueError, TypeError, NotImplementedError) as error:

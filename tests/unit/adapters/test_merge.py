@@ -30,6 +30,7 @@ from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import AdapterRef, CheckpointRef
 from lora2edge.errors import AdapterError, CheckpointError, ProofError
 from lora2edge.progress import SILENT
+from tests.architectures import ARCHITECTURES, make_model
 from tests.tiny import CHATML, bpe_tokenizer, make_adapter, make_checkpoint, randomize, shake_adapter
 
 IDS = torch.tensor([[5, 300, 77, 401, 12, 9, 600, 333, 2, 41, 150, 700]])
@@ -223,6 +224,35 @@ def test_classifiers(arch: str, tmp_path: Path) -> None:
         plain = reload(tmp_path / "base").eval()(IDS).logits
     assert (live - plain).abs().max() > 0.05
     assert (live - merged).abs().max() < FLOAT32_NOISE
+
+
+def test_experts_that_were_adapted_one_by_one(tmp_path: Path) -> None:
+    """As transformers 4 had them, a module each; 5 has no such modules, so the reference is the formula."""
+    make_model(ARCHITECTURES["qwen3_moe"], tmp_path / "base")
+    module = "model.layers.1.mlp.experts.2.up_proj"
+    a, b = torch.randn(4, 32), torch.randn(24, 4)
+    (tmp_path / "adapter").mkdir()
+    prefix = f"base_model.model.{module}"
+    save_file(
+        {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, tmp_path / "adapter/adapter_model.safetensors"
+    )
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path / "adapter")
+    view = merge(open_checkpoint(tmp_path / "base"), [read_adapter(tmp_path / "adapter")])
+    weight = load_file(tmp_path / "base" / "model.safetensors")[f"{module}.weight"].double()
+    expected = weight + 1.5 * (b.double() @ a.double())
+    assert view.adapted == {f"{module}.weight"}
+    np.testing.assert_allclose(view.rows(f"{module}.weight", 0, 24), expected, atol=1e-5)
+
+
+def test_a_stack_of_experts_for_another_base(tmp_path: Path) -> None:
+    for name in ("qwen3_moe", "mixtral"):
+        model = make_model(ARCHITECTURES[name], tmp_path / name)
+        targets = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+        get_peft_model(model, LoraConfig(r=4, **targets)).save_pretrained(tmp_path / f"{name}-adapter")
+    with pytest.raises(AdapterError, match="do not fit this base") as error:
+        merge(open_checkpoint(tmp_path / "mixtral"), [read_adapter(tmp_path / "qwen3_moe-adapter")])
+    assert "not for experts of shape [4, 32, 48]" in error.value.why
 
 
 def test_fan_in_fan_out_on_linear_layers_is_overridden_as_in_peft(bases: dict[bool, Path], tmp_path: Path) -> None:

@@ -85,7 +85,6 @@ def test_what_the_adapter_names(adapter: Path, made: tuple[Path, Path]) -> None:
     [
         ({"bias": "lora_only"}, "bias"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
         ({"use_qalora": True}, "use_qalora"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
         ({"arrow_config": {"top_k": 3}}, "arrow_config"),

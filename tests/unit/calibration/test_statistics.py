@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora2edge.adapters import merge, read_adapter
 from lora2edge.calibration import calibrate, open_calibration
+from lora2edge.calibration.model import build_model
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Item, Sample
-from lora2edge.errors import DataError
+from lora2edge.errors import CheckpointError, DataError
 from lora2edge.progress import SILENT
+from tests.architectures import ARCHITECTURES, make_model
 from tests.tiny import make_adapter, make_checkpoint
 
 LENGTHS = (5, 17, 3, 17, 40, 1)
@@ -117,3 +120,23 @@ def test_no_text_and_broken_weights_are_errors(tmp_path: Path) -> None:
         calibrate(Overflowing(), samples(), tmp_path, SILENT, device="cpu", threads=1)  # type: ignore[arg-type]
     assert caught.value.code == "calibration-not-finite"
     assert "model.layers.0.mlp.down_proj.weight" in caught.value.why
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_neox"])
+def test_the_model_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    """Experts are stacked and parameters renamed on the way from the files into the model."""
+    expected = make_model(ARCHITECTURES[name], tmp_path)
+    found = build_model(open_checkpoint(tmp_path), dtype="float32", device="cpu", rounded=False)
+    states = expected.state_dict()
+    assert states.keys() == found.state_dict().keys()
+    assert all(torch.equal(value, states[key]) for key, value in found.state_dict().items())
+
+
+def test_a_base_that_lacks_an_expert(tmp_path: Path) -> None:
+    make_model(ARCHITECTURES["qwen3_moe"], tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.experts.3.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        build_model(open_checkpoint(tmp_path), dtype="float32", device="cpu", rounded=False)
+    assert caught.value.code == "missing-tensors"
