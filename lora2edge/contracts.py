@@ -67,13 +67,16 @@ class CheckpointRef:
 
     base: str
     adapters: tuple[AdapterRef, ...] = ()
+    requantized: Mapping[str, Any] | None = None
+    """Settings of bitsandbytes where the base's weights are those that 4-bit training on it saw."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> CheckpointRef:
-        return CheckpointRef(data["base"], tuple(AdapterRef(**item) for item in data["adapters"]))
+        adapters = tuple(AdapterRef(**item) for item in data["adapters"])
+        return CheckpointRef(data["base"], adapters, data.get("requantized"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +275,8 @@ class Machine:
     """Free on the output's file system."""
     cuda: str | None
     """Name of the first GPU, where torch sees one."""
+    operations_per_second: float | None = None
+    """In float32 matrix products, on all cores; None: measured where it is needed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ class Architecture:
     head: str | None
     """What modules_to_save saves."""
     task: str = "CAUSAL_LM"
-    attention_only: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     """Fused experts, for target_parameters."""
 
@@ -93,7 +92,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "GPT2LMHeadModel", "GPT2Config",
         {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
          "eos_token_id": 2},
-        ("c_attn", "c_proj", "c_fc"), ("mlp.c_proj",), "wte", "lm_head",
+        ("c_attn", "c_proj", "c_fc"), ("c_proj",), "wte", "lm_head",
     ),
     "gpt_neox": Architecture(
         "GPTNeoXForCausalLM", "GPTNeoXConfig",
@@ -111,6 +110,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
          "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0},
         ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense"),
         ("intermediate.dense", "output.dense"), "word_embeddings", "classifier", task="SEQ_CLS",
+    ),
+    "t5": Architecture(
+        "T5ForConditionalGeneration", "T5Config",
+        {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        ("q", "k", "v", "o", "wi", "wo"), ("wo",), "shared", "lm_head", task="SEQ_2_SEQ_LM",
     ),
 }  # fmt: skip
 
@@ -140,6 +144,17 @@ def _lora(**settings: Any) -> Callable[[Architecture], Any]:
     return make
 
 
+def _other(kind: str, **settings: Any) -> Callable[[Architecture], Any]:
+    def make(architecture: Architecture) -> Any:
+        import peft
+
+        given = {key: value(architecture) if callable(value) else value for key, value in settings.items()}
+        given = {"target_modules": list(architecture.layers), **given}
+        return getattr(peft, f"{kind}Config")(task_type=architecture.task, **given)
+
+    return make
+
+
 KINDS: Mapping[str, Callable[[Architecture], Any]] = {
     "LoRA": _lora(),
     "rsLoRA": _lora(use_rslora=True),
@@ -154,5 +169,12 @@ KINDS: Mapping[str, Callable[[Architecture], Any]] = {
     "target_parameters (experts)": _lora(target_modules=[], target_parameters=lambda a: list(a.parameters)),
     "modules_to_save (head)": _lora(modules_to_save=lambda a: [a.head]),
     "modules_to_save (embedding)": _lora(modules_to_save=lambda a: [a.embedding]),
+    "AdaLoRA": _other("AdaLora", init_r=4, target_r=4, lora_alpha=6, total_step=10),
+    "LoHa": _other("LoHa", r=3, alpha=5),
+    "LoKr": _other("LoKr", r=3, alpha=5),
+    "IA³": _other("IA3", feedforward_modules=lambda a: list(a.feedforward), target_modules=lambda a: list(a.layers)),
+    "OFT": _other("OFT", r=0, oft_block_size=4),
+    "BOFT": _other("BOFT", boft_block_size=4),
+    "VeRA": _other("Vera", r=8, target_modules=lambda a: [a.layers[0]]),
 }
 """Name → PEFT's configuration for an architecture."""

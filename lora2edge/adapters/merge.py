@@ -120,6 +120,34 @@ class MergedCheckpoint:
             return self.base.stored(name)
         return None if change.whole or change.part or change.source is None else self.base.stored(change.source)
 
+    def account(self) -> dict[str, dict[str, list[str]]]:
+        """What became of every tensor: of the base, of the adapters, and what is new in the view.
+
+        `base`: `copied`, `merged`, `replaced`; together all of the base's tensors. `adapter`: `merged`, `replaced`
+        (it stands in for one of the base), `equal` (a copy of the base's own weight); together all of the adapters'.
+        `added`: tensors of the view that the base's files lack: `untied`, `bias`.
+        """
+        account: dict[str, dict[str, list[str]]] = {
+            "base": {"copied": [], "merged": [], "replaced": []},
+            "adapter": {"merged": [], "replaced": [], "equal": []},
+            "added": {"untied": [], "bias": []},
+        }
+        for name in self._tensors:
+            change = self._changes.get(name)
+            if name not in self.base.tensors:
+                account["added"]["bias" if name.endswith(".bias") else "untied"].append(name)
+            elif change is None or not (change.whole or change.part):
+                account["base"]["copied"].append(name)
+            else:
+                account["base"]["merged" if change.part else "replaced"].append(name)
+        wholes = {change.whole.name for change in self._changes.values() if change.whole}
+        for adapter in self.adapters:
+            parts = {name for part in adapter.parts.values() for name in part.tensors}
+            for name in adapter.reader.tensors:
+                role = "merged" if name in parts else "replaced" if name in wholes else "equal"
+                account["adapter"][role].append(name)
+        return account
+
     def module_names(self, name: str) -> list[str]:
         return self.base.module_names(name) if name in self.base.tensors else [name]
 
@@ -149,9 +177,10 @@ class MergedCheckpoint:
         self._config.update(placed.config)
         self._tokenizer = merge_tokenizer_files(self.base.tokenizer, adapter.path)
         embedding = embedding_name(self.base.tensors)
-        path = self._tokenizer.files["tokenizer.json"]
-        own = path != self.base.tokenizer.files["tokenizer.json"]
-        if own and embedding and (problem := check_vocabulary(path, self._tensors[embedding].shape[0])):
+        path = self._tokenizer.files.get("tokenizer.json")
+        if path is None or path == self.base.tokenizer.files.get("tokenizer.json") or embedding is None:
+            return
+        if problem := check_vocabulary(path, self._tensors[embedding].shape[0]):
             raise problem
 
     def _unadapted(self, name: str, change: Change, start: int, stop: int) -> FloatArray:

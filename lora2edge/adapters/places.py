@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds.lora import ExpertStack, LowRank, TokenRows
+from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank, TokenRows
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter, is_saved
 from lora2edge.checkpoint import ExpertPlace, StoredCheckpoint, TensorReader, embedding_name, expert_place, head_name
@@ -103,7 +103,7 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
             parts.update(_fit_experts(base, part, parts, misfits))
         elif name := _fit_part(base, ends, path, part, shapes, misfits):
             parts[name] = part
-        elif part.parameter == "bias" and _locate(base, ends, f"{part.module}.weight"):
+        elif isinstance(part, AddedBias) and _locate(base, ends, f"{part.module}.weight"):
             biases[path] = part
     if misfits:
         raise _other_base(adapter, misfits)
@@ -206,7 +206,8 @@ def _fit_part(
     """The view's name for the parameter at `path`; None where the base has none, or, with a misfit, another one."""
     name = _locate(base, ends, path)
     embedding = isinstance(part, LowRank) and part.embedding
-    if name is None and part.parameter == "bias" and _locate(base, ends, f"{part.module}.weight"):
+    optional = isinstance(part, AddedBias) or getattr(part, "optional", False)
+    if name is None and optional and _locate(base, ends, f"{part.module}.weight"):
         return None
     if name is None or (isinstance(part, LowRank) and embedding != (name == ends.embedding)):
         misfits.append(f"the base has no {'embedding' if embedding else 'linear layer'} {part.module}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds import lora
 from lora2edge.adapters.kinds.lora import LowRank
+from lora2edge.adapters.kinds.table import KINDS
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.settings import check_settings, kind_name
 from lora2edge.checkpoint import (
@@ -30,11 +30,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-KINDS: Mapping[str, Callable[[Mapping[str, Any], TensorReader, Mapping[str, str]], list[Part]]] = {
-    "LORA": lora.read,
-}
-"""`peft_type` → what reads the kind's own tensors: (config, reader, path in the model → name in the file) → parts."""
-
+_BESIDE = "base_model.vera_"
+"""VeRA's shared matrices lie beside the model."""
 _ROWS_AT_ONCE = 1 << 20
 """Elements looked at together when searching for NaN."""
 
@@ -155,12 +152,12 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
                 why=f"known: {', '.join(FLOAT_DTYPES)}",
                 hint="save the adapter again in float32 or bfloat16",
             )
-        if name.startswith(_PREFIX):
+        if name.startswith((_PREFIX, _BESIDE)):
             paths[name.removeprefix(_PREFIX)] = name
         else:
             strangers.append(name)
     parts: dict[str, Part] = {}
-    for part in KINDS[config["peft_type"]](config, reader, paths):
+    for part in KINDS[config["peft_type"]].read(config, reader, paths):
         if parts.setdefault(f"{part.module}.{part.parameter}", part) is not part:
             raise _ambiguous(part.module)
     used = {name for part in parts.values() for name in part.tensors}

@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lora2edge.adapters.kinds.table import KINDS
 from lora2edge.errors import AdapterError, InputError, refuse
-
-_NO_EFFECT = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
-    "use_dora", "use_rslora",
-}  # fmt: skip
-"""Keys that the merge handles, or that only matter for training or for how the first weights were drawn."""
 
 _REFUSED = {
     "layer_replication": ("the adapter stacks copies of layers", "build that base first, then train on it"),
@@ -32,33 +23,38 @@ _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 
 
 def kind_name(config: Mapping[str, Any]) -> str:
-    """What people call the adapter's kind: "LoRA", "rsLoRA", "DoRA", …"""
+    """What people call the adapter's kind: "LoRA", "rsLoRA", "DoRA", "LoHa", …"""
+    if config["peft_type"] != "LORA":
+        return KINDS[config["peft_type"]].label
     if config.get("use_dora"):
         return "rsDoRA" if config.get("use_rslora") else "DoRA"
     return "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
-    """Refuses settings under which base + ΔW is not what the live adapter computes. All refusals at once."""
+    """Refuses settings under which the merged weights are not what the live adapter computes. All refusals at once."""
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if not isinstance(kind, str) or kind not in KINDS:
+        known = ", ".join(KINDS)
         raise AdapterError(
             "adapter-kind",
-            f"a {kind or 'nameless'} adapter is not supported yet",
-            why="peft_type in adapter_config.json; LORA is what can be merged",
-            hint="train a LoRA adapter, or merge it with PEFT's merge_and_unload() and give the result as the base",
+            f"a {kind or 'nameless'} adapter cannot be merged",
+            why=f"peft_type in adapter_config.json; what can be merged: {known}",
+            hint="prompts and prefixes are no weights: serve such an adapter live; else train one of the kinds above",
         )
-    errors: list[InputError] = [*_numbers(config)]
+    errors: list[InputError] = [*_entries(config)]
+    if kind == "LORA":
+        errors.extend(_numbers(config))
+        errors.extend(_start(config.get("init_lora_weights", True)))
+    keys = KINDS[kind].keys
     for key, (why, hint) in _REFUSED.items():
-        if _is_set(config.get(key)):
+        if key not in keys and _is_set(config.get(key)):
             errors.append(_refusal(key, config[key], why, hint))
     if config.get("bias", "none") != "none":
-        why = "the base's biases were trained too, and PEFT stores them outside the LoRA pairs"
+        why = "the base's biases were trained too, and PEFT does not switch them off with the adapter"
         errors.append(_refusal("bias", config["bias"], why, "train with bias='none'"))
-    errors.extend(_start(config.get("init_lora_weights", True)))
-    known = _NO_EFFECT | set(_REFUSED) | {"bias", "init_lora_weights"}
     for key, value in config.items():
-        if key not in known and _is_set(value):
+        if key not in keys and key not in _REFUSED and key != "bias" and _is_set(value):
             why = "this version does not know whether it changes what the adapter computes"
             errors.append(_refusal(key, value, why, "a newer lora2edge may know it; else train without it"))
     refuse(errors)
@@ -81,9 +77,15 @@ def _numbers(config: Mapping[str, Any]) -> list[AdapterError]:
             for n in value.values()
         ):
             errors.append(_malformed(key, value, "an object of numbers"))
-    entries = config.get("modules_to_save") or []
-    if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
-        errors.append(_malformed("modules_to_save", entries, "a list of module names"))
+    return errors
+
+
+def _entries(config: Mapping[str, Any]) -> list[AdapterError]:
+    errors = []
+    for key in ("modules_to_save", "target_parameters"):
+        entries = config.get(key) or []
+        if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
+            errors.append(_malformed(key, entries, "a list of names"))
     return errors
 
 

@@ -3,6 +3,8 @@
 from lora2edge.checkpoint.blas import one_blas_thread
 from lora2edge.checkpoint.floats import FLOAT_DTYPES, decode, encode_rows
 from lora2edge.checkpoint.header import Header, StoredTensor, read_header
+from lora2edge.checkpoint.modules import ExpertPlace, expert_place
+from lora2edge.checkpoint.quantized import BnbSettings, RequantizedCheckpoint, linear_names, requantized
 from lora2edge.checkpoint.reader import TensorReader
 from lora2edge.checkpoint.source import Source, missing_source, read_json_file, resolve_source
 from lora2edge.checkpoint.stored import (
@@ -25,7 +27,10 @@ __all__ = [
     "FLOAT_DTYPES",
     "GENERATION_FILES",
     "TOKENIZER_GROUP",
+    "BnbSettings",
+    "ExpertPlace",
     "Header",
+    "RequantizedCheckpoint",
     "Source",
     "StoredCheckpoint",
     "StoredTensor",
@@ -34,13 +39,16 @@ __all__ = [
     "decode",
     "embedding_name",
     "encode_rows",
+    "expert_place",
     "head_name",
+    "linear_names",
     "merge_tokenizer_files",
     "missing_source",
     "one_blas_thread",
     "open_checkpoint",
     "read_header",
     "read_json_file",
+    "requantized",
     "resolve_source",
     "shard_fingerprint",
     "tokenizer_files",

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora2edge.checkpoint.modules import module_name
+from lora2edge.checkpoint.quantized import DequantizedReader, dequantized
 from lora2edge.checkpoint.reader import TensorReader
 from lora2edge.checkpoint.source import Source, missing_source, read_json_file, resolve_source
 from lora2edge.checkpoint.tokenizer import tokenizer_files, vocabulary_size
@@ -30,6 +32,7 @@ _TASKS: dict[str, Task] = {
 }
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_CODE = ("*.py", "*.tiktoken")
 _TO_SAFETENSORS = (
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors; do it where you trust "
     "the file, because loading a pickle runs code"
@@ -37,15 +40,21 @@ _TO_SAFETENSORS = (
 
 
 class StoredCheckpoint:
-    """A checkpoint folder as transformers writes it. Reads headers when opened, weights when asked."""
+    """A checkpoint folder as transformers writes it. Reads headers when opened, weights when asked.
 
-    def __init__(self, source: Source, config: dict[str, Any], task: Task, reader: TensorReader) -> None:
+    A quantized one looks like the plain one that it stands for: its config says nothing of quantization, and rows are
+    dequantized when they are asked for.
+    """
+
+    def __init__(
+        self, source: Source, config: dict[str, Any], task: Task, reader: TensorReader | DequantizedReader
+    ) -> None:
         self.source = source
         self.path = source.folder
         self._config = config
         self._task = task
         self._reader = reader
-        self._tokenizer = TokenizerFiles(tokenizer_files(source.folder))
+        self._tokenizer = TokenizerFiles({**tokenizer_files(source.folder), **_code_files(source.folder, config)})
         self._hashes: dict[str, str] | None = None
 
     @property
@@ -78,7 +87,7 @@ class StoredCheckpoint:
         return self._reader.bytes_at(name)
 
     def module_names(self, name: str) -> list[str]:
-        return [name]
+        return [module_name(self._config, name)]
 
     def close(self) -> None:
         self._reader.close()
@@ -117,9 +126,10 @@ def open_checkpoint(where: str | Path) -> StoredCheckpoint:
     reader = TensorReader(folder, _shards(folder))
     try:
         _check_index(folder, reader)
-        problems = [_quantized(config), _no_tokenizer(folder), _vocabulary(folder, config, reader.tensors)]
+        plain, weights, quantization = _dequantized(config, reader)
+        problems = [quantization, _no_tokenizer(folder, config), _vocabulary(folder, config, weights.tensors)]
         refuse([problem for problem in problems if problem])
-        checkpoint = StoredCheckpoint(source, config, _task(config), reader)
+        checkpoint = StoredCheckpoint(source, plain, _task(config), weights)
         _check_head(checkpoint)
     except BaseException:
         reader.close()
@@ -211,23 +221,19 @@ def _check_index(folder: Path, reader: TensorReader) -> None:
             )
 
 
-def _quantized(config: Mapping[str, Any]) -> InputError | None:
-    settings = config.get("quantization_config")
-    if not settings:
-        return None
-    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-    if isinstance(settings, dict) and method == "bitsandbytes":
-        method = "bitsandbytes 4-bit" if settings.get("load_in_4bit") else "bitsandbytes 8-bit"
-    return CheckpointError(
-        "quantized-base",
-        f"a quantized base is not supported yet: {method}",
-        why="merging needs the weights in 16 or 32 bits",
-        hint="give the 16-bit checkpoint that it was quantized from with --base",
-    )
+def _dequantized(
+    config: dict[str, Any], reader: TensorReader
+) -> tuple[dict[str, Any], TensorReader | DequantizedReader, InputError | None]:
+    """The error is returned, so that it comes together with others."""
+    try:
+        return *dequantized(config, reader), None
+    except CheckpointError as error:
+        return config, reader, error
 
 
-def _no_tokenizer(folder: Path) -> InputError | None:
-    if (folder / "tokenizer.json").is_file():
+def _no_tokenizer(folder: Path, config: Mapping[str, Any]) -> InputError | None:
+    """A checkpoint with code of its own may have its tokenizer in code too: nothing but merging can be done then."""
+    if (folder / "tokenizer.json").is_file() or config.get("auto_map"):
         return None
     return CheckpointError(
         "no-tokenizer",
@@ -235,6 +241,14 @@ def _no_tokenizer(folder: Path) -> InputError | None:
         why="token ids are checked against it in every backend",
         hint="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it",
     )
+
+
+def _code_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
+    """The code that config.json's auto_map names, and what it reads: copied along, never run."""
+    if not config.get("auto_map"):
+        return {}
+    found = sorted(path for pattern in _CODE for path in folder.glob(pattern) if path.is_file())
+    return {path.name: path for path in found}
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> InputError | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora2edge.adapters.kinds.common import COMMON_KEYS, whole
 from lora2edge.adapters.parts import Part, Update
 from lora2edge.checkpoint import TensorReader
 from lora2edge.errors import AdapterError
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora2edge.contracts import FloatArray
+
+KEYS = COMMON_KEYS | {
+    "alpha_pattern", "corda_config", "ensure_weight_tying", "eva_config", "init_lora_weights", "loftq_config",
+    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "qalora_group_size", "r",
+    "rank_pattern", "runtime_config", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+"""Settings that are handled here or have no effect after training."""
 
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
@@ -77,10 +85,10 @@ class LowRank:
 
     def _factors(self) -> tuple[FloatArray, FloatArray]:
         """A and scale · B, in float32."""
-        return _whole(self.reader, self.a), _whole(self.reader, self.b) * np.float32(self.scale)
+        return whole(self.reader, self.a), whole(self.reader, self.b) * np.float32(self.scale)
 
     def _lengths(self) -> FloatArray | None:
-        return None if self.magnitude is None else _whole(self.reader, self.magnitude)
+        return None if self.magnitude is None else whole(self.reader, self.magnitude)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +235,7 @@ class AddedBias:
         return _wanted(self, self.reader.tensors[self.tensor].shape, shape)
 
     def load(self) -> Update:
-        return _Addition(_whole(self.reader, self.tensor) * np.float32(self.scale))
+        return _Addition(whole(self.reader, self.tensor) * np.float32(self.scale))
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +262,7 @@ class TokenRows:
         return _wanted(self, self.reader.tensors[self.tensor].shape, (len(self.indices), *shape[1:]))
 
     def load(self) -> Update:
-        return _Replacement(np.asarray(self.indices), _whole(self.reader, self.tensor))
+        return _Replacement(np.asarray(self.indices), whole(self.reader, self.tensor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,8 +413,8 @@ def _token_rows(config: Mapping[str, Any], reader: TensorReader, module: str, na
         stored = next((indices for end, indices in stored.items() if f".{module}".endswith(f".{end}")), None)
     count = reader.tensors[name].shape[0] if reader.tensors[name].shape else 0
     ids = stored if isinstance(stored, list) else []
-    whole = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids)
-    if not whole or not count == len(ids) == len(set(ids)):
+    numbers = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids)
+    if not numbers or not count == len(ids) == len(set(ids)):
         raise AdapterError(
             "bad-adapter-config",
             f"{module}: {count} token rows were saved, trainable_token_indices is {str(stored)[:80]}",
@@ -427,11 +435,6 @@ def _pattern_value(config: Mapping[str, Any], key: str, module: str, default: An
                 "bad-adapter-config", f"{key} has a key that is no regular expression", why=f"{pattern!r}: {error}"
             ) from error
     return default
-
-
-def _whole(reader: TensorReader, name: str) -> FloatArray:
-    shape = reader.tensors[name].shape
-    return reader.rows(name, 0, shape[0] if shape else 1)
 
 
 def _wanted(part: AddedBias | TokenRows, has: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:

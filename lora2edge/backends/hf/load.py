@@ -6,15 +6,28 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lora2edge.calibration.model import quiet, require, torch_errors
-from lora2edge.checkpoint import merge_tokenizer_files, tokenizer_files
+from lora2edge.calibration.model import build_model, quiet, require, torch_errors
+from lora2edge.checkpoint import merge_tokenizer_files, open_checkpoint, read_json_file, tokenizer_files
 from lora2edge.contracts import TokenizerFiles
 from lora2edge.errors import AdapterError, CheckpointError
 
 
 def load_folder(base: Path, adapter: Path | None, *, dtype: str, device: str) -> Any:
-    """The model in evaluation mode; a PeftModel where an adapter is live on it. Reads local safetensors only."""
+    """The model in evaluation mode; a PeftModel where an adapter is live on it. Reads local safetensors only.
+
+    A quantized base computes with its dequantized weights, as bitsandbytes does, and needs no kernels of its own.
+    """
     require("torch", "transformers", "peft")
+    if read_json_file(base / "config.json", "bad-config").get("quantization_config"):
+        model = build_model(open_checkpoint(base), dtype=dtype, device=device, rounded=True)
+    else:
+        model = _load_plain(base, dtype)
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    return model.to(device).eval()
+
+
+def _load_plain(base: Path, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -35,9 +48,7 @@ def load_folder(base: Path, adapter: Path | None, *, dtype: str, device: str) ->
             why=", ".join(broken[:5]),
             hint="fetch the checkpoint again",
         )
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    return model.to(device).eval()
+    return model
 
 
 def resolve_tokenizer(base: Path, adapter: Path | None) -> TokenizerFiles:

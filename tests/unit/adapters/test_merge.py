@@ -111,6 +111,11 @@ UNTIES = {
 def test_merged_answers_like_the_live_adapter(kind: str, tied: bool, bases: dict[bool, Path], tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", bases[tied], **KINDS[kind])
     view = assert_same_as_live(bases[tied], adapter, tmp_path / "out")
+    account = view.account()
+    sums = {side: sorted(name for names in roles.values() for name in names) for side, roles in account.items()}
+    assert sums["base"] == sorted(load_file(bases[tied] / "model.safetensors"))
+    assert sums["adapter"] == sorted(load_file(adapter / "adapter_model.safetensors"))
+    assert sorted(sums["base"] + sums["added"]) == sorted(load_file(tmp_path / "out" / "model.safetensors"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is (tied and kind not in UNTIES)
     assert ("lm_head.weight" in view.tensors) is (kind in UNTIES or not tied)
