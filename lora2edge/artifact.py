@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora2edge.adapters import MergedCheckpoint
 from lora2edge.backends.base import load_backend
+from lora2edge.bench.machine import describe
+from lora2edge.cache import stage_key
 from lora2edge.contracts import MANIFEST, Artifact, Calibration, Manifest, Progress
 from lora2edge.errors import InputError
-from lora2edge.storage import atomic_folder, sha256_file, write_atomic
+from lora2edge.journal import read_marks, resumable_folder
+from lora2edge.storage import digest, hash_ahead, sha256_file, write_atomic
 from lora2edge.target import Target
 
 SCHEMA = 1
 RECORD = "lowering.json"
+AHEAD_BYTES = 512 << 20
+"""How far the hash of the base may be in front of the lowering: it is the reading ahead, too."""
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -62,11 +69,12 @@ def write_manifest(
     key: str,
     calibration: str | None,
 ) -> None:
-    """Hashes the files in `folder` and writes manifest.json beside them.
+    """Hashes the files in `folder` and writes manifest.json beside them; a file's hash in the journal is taken.
 
     `lowered` has the backend's `versions` and `notes`; `calibration` is the hash of the set that was used.
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    known = {name: mark.sha256 for name, mark in read_marks(folder).items() if mark.whole}
     manifest = Manifest(
         schema=SCHEMA,
         target=target.name,
@@ -76,7 +84,7 @@ def write_manifest(
         inputs={"model": view.file_hashes(), "calibration": calibration},
         options=_portable(target),
         versions=dict(lowered["versions"]),
-        files={name: sha256_file(path) for name, path in files.items()},
+        files={name: known.get(name) or sha256_file(path) for name, path in files.items()},
         notes=dict(lowered["notes"]),
     )
     write_atomic(folder / MANIFEST, manifest.to_json())
@@ -85,11 +93,97 @@ def write_manifest(
 def lower_here(
     view: MergedCheckpoint, target: Target, calibration: Calibration | None, out: Path, progress: Progress
 ) -> None:
-    """Lowers into the folder `out` in this process; `out` appears whole or not at all."""
-    with atomic_folder(out) as partial:
-        lowered = load_backend(target.backend).lower(view, target, calibration, partial, progress)
+    """Lowers into the folder `out` in this process; `out` appears whole or not at all.
+
+    After a kill or an interrupt, the same call goes on with what was finished.
+    """
+    options = target.model_dump(mode="json", exclude={"gates", "scenarios", "description"})
+    key = stage_key("lower", view.fingerprint(), options)
+    with folder_of(out, key) as folder:
+        with reading_ahead(view, progress) as paced:
+            lowered = load_backend(target.backend).lower(view, target, calibration, folder, paced)
         facts = {"versions": lowered.versions, "notes": lowered.notes}
-        write_manifest(partial, view, target, facts, key="", calibration=None)
+        write_manifest(folder, view, target, facts, key="", calibration=None)
+
+
+@contextlib.contextmanager
+def folder_of(out: Path, key: str) -> Iterator[Path]:
+    """The resumable folder of an artifact of this key, on this processor: another's kernels round differently."""
+    machine = describe()
+    with resumable_folder(out, digest([key, machine["cpu"], machine["cpu_flags"]])) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def reading_ahead(view: MergedCheckpoint, progress: Progress) -> Iterator[Progress]:
+    """Hashes the base's weights for the manifest while the block reads them: one pass over the disk serves both.
+
+    The block says how far it is to the Progress that it gets; the hash stays at most AHEAD_BYTES in front, so that
+    what it has read is still in memory when it is wanted. Where the block raises, the hash is given up.
+    """
+    names = dict.fromkeys(tensor.shard for tensor in view.base.tensors.values())
+    paths = [path for path in (view.base.path / name for name in names) if path.is_file()]
+    pace = _Pace(progress, sum(path.stat().st_size for path in paths))
+    thread = threading.Thread(target=_hash_all, args=(paths, pace))
+    thread.start()
+    try:
+        yield pace
+        pace.end()
+        thread.join()
+    except BaseException:
+        pace.end(give_up=True)
+        thread.join()
+        raise
+
+
+def _hash_all(paths: Sequence[Path], pace: _Pace) -> None:
+    with contextlib.suppress(OSError):  # whoever needs the hash reads the file again, and says what is wrong
+        for path in paths:
+            hash_ahead(path, pace.wait)
+
+
+class _Pace:
+    """A Progress that passes everything on, and lets another thread go through `total` bytes no faster than that."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._bytes = total
+        self._read = 0
+        self._total = self._done = 0
+        self._ended = self._given_up = False
+        self._changed = threading.Condition()
+
+    def start(self, what: str, total: int, unit: str = "") -> None:
+        self._progress.start(what, total, unit)
+        with self._changed:
+            self._total, self._done = total, 0
+
+    def advance(self, amount: int = 1) -> None:
+        self._progress.advance(amount)
+        with self._changed:
+            self._done += amount
+            self._changed.notify()
+
+    def finish(self) -> None:
+        self._progress.finish()
+
+    def wait(self, count: int) -> bool:
+        """Returns when `count` more bytes may be read, or with False when no more are wanted."""
+        with self._changed:
+            self._read += count
+            self._changed.wait_for(self._may_read)
+            return not self._given_up
+
+    def end(self, *, give_up: bool = False) -> None:
+        """Lets the other thread run to the end; with `give_up`, stops it."""
+        with self._changed:
+            self._ended = True
+            self._given_up |= give_up
+            self._changed.notify()
+
+    def _may_read(self) -> bool:
+        share = self._done / self._total if self._total else 0.0
+        return self._ended or self._read <= share * self._bytes + AHEAD_BYTES
 
 
 def _portable(target: Target) -> dict[str, Any]:

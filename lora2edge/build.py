@@ -6,16 +6,19 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lora2edge import __version__
+from lora2edge.adapters import Adapter
 from lora2edge.artifact import find_artifact, open_artifact
 from lora2edge.bench.machine import describe
 from lora2edge.cache import Cache, now
-from lora2edge.contracts import Progress
+from lora2edge.contracts import Checkpoint, Progress
 from lora2edge.errors import EXIT_GATE, EXIT_INCONCLUSIVE, EXIT_OK, InputError, Lora2EdgeError, ProofError
+from lora2edge.forecast import stored_bytes, stored_dtype
 from lora2edge.pipeline import Finished, Pipeline
 from lora2edge.plan import Plan, load_all_texts, plan_build
 from lora2edge.progress import SILENT
@@ -23,10 +26,13 @@ from lora2edge.quality import judge
 from lora2edge.recipe import Recipe, dump_recipe
 from lora2edge.report import REPORTS, write_report
 from lora2edge.storage import alone_in, write_atomic
-from lora2edge.target import Target
+from lora2edge.survey import Survey, survey_build
+from lora2edge.target import Target, load_target
 from lora2edge.texts import Texts
 
 REPORT_SCHEMA = 1
+PLANNED = ("hf/merged", "gguf/q4_k_m")
+"""Targets that a plan is made for where none is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,30 +195,45 @@ def _waiting(final: Path) -> Path:
     return final.with_name(f".{final.name}.unmeasured")
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The plan, JSON-ready."""
+def survey_whole(recipe: Recipe, *, force: bool = False) -> Survey:
+    """What `--plan` tells of a build: of `PLANNED` where the recipe names no target, and with or without data."""
+    targets = None if recipe.targets else [load_target(name) for name in PLANNED]
+    return survey_build(recipe, targets, out=Path(recipe.out) if recipe.out else None, force=force)
+
+
+def describe_plan(survey: Survey) -> dict[str, Any]:
+    """The plan, JSON-ready: what would be done, what it needs, and what would be refused and why."""
+    view = survey.merged or survey.base
     return {
-        "inputs": describe_inputs(plan, None),
-        "machine": asdict(plan.machine),
-        "threads": plan.threads,
-        "device": plan.device,
-        "baseline_seconds": plan.baseline_seconds,
-        "targets": {name: asdict(estimate) for name, estimate in plan.estimates.items()},
+        "inputs": _inputs(survey.recipe, view, survey.adapters, None) if view else None,
+        "adapters": survey.describe_adapters(),
+        "machine": asdict(survey.machine),
+        "threads": survey.threads,
+        "device": survey.device,
+        "stages": [{**asdict(stage), "fits": stage.ram_bytes <= survey.machine.ram_bytes} for stage in survey.stages],
+        "targets": {name: asdict(estimate) for name, estimate in survey.estimates.items()},
+        "refused": {
+            "build": [error.as_dict() for error in survey.errors],
+            "targets": {name: [error.as_dict() for error in errors] for name, errors in survey.refused.items()},
+        },
     }
 
 
 def describe_inputs(plan: Plan, texts: Texts | None) -> dict[str, Any]:
     """What the build was made from, for the report."""
-    config = plan.base.config
+    return _inputs(plan.recipe, plan.merged, plan.adapters, texts)
+
+
+def _inputs(recipe: Recipe, view: Checkpoint, adapters: Sequence[Adapter], texts: Texts | None) -> dict[str, Any]:
     return {
         "base": {
-            "name": plan.recipe.base or plan.adapters[0].base_model_name_or_path,
-            "architecture": (config.get("architectures") or ["?"])[0],
-            "parameters": plan.parameters,
-            "dtype": plan.dtype,
-            "size_bytes": plan.size_bytes,
+            "name": recipe.base or (adapters[0].base_model_name_or_path if adapters else None),
+            "architecture": (view.config.get("architectures") or ["?"])[0],
+            "parameters": sum(tensor.size for tensor in view.tensors.values()),
+            "dtype": stored_dtype(view),
+            "size_bytes": stored_bytes(view),
         },
-        "adapter": plan.adapters[0].describe() if plan.adapters else None,
+        "adapter": adapters[0].describe() if adapters else None,
         "data": texts.notes if texts else None,
     }
 

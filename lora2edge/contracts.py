@@ -365,7 +365,10 @@ class Backend(Protocol):
         out: Path,
         progress: Progress,
     ) -> Lowered:
-        """Writes the artifact's files into the existing, empty folder `out` (the caller renames it whole)."""
+        """Writes the artifact's files into the existing folder `out` (the caller renames it whole).
+
+        It is empty, or holds what a killed call with equal arguments finished, as `journal.Journal(out)` tells.
+        """
         ...
 
     def open(self, path: Path, target: Target, *, device: str, threads: int, slots: int, max_length: int) -> Session:

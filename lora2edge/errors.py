@@ -18,6 +18,7 @@ A code is stable from release to release: scripts may test it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ EXIT_GATE = 3
 EXIT_INCONCLUSIVE = 4
 EXIT_INTERRUPTED = 130
 
+_UNSHOWN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""What controls a terminal or turns text round, and halves of surrogate pairs, which no terminal takes."""
+_MOST_CHARACTERS = 2000
+
 
 class Lora2EdgeError(Exception):
     """An error with a stable `code`, `what` happened, `why`, and a `hint` that can be pasted."""
@@ -37,9 +42,9 @@ class Lora2EdgeError(Exception):
     def __init__(self, code: str, what: str, *, why: str = "", hint: str = "") -> None:
         super().__init__(what)
         self.code = code
-        self.what = what
-        self.why = why
-        self.hint = hint
+        self.what = _shown(what)
+        self.why = _shown(why)
+        self.hint = _shown(hint)
 
     def __str__(self) -> str:
         lines = [f"error[{self.code}]: {self.what}"]
@@ -52,6 +57,13 @@ class Lora2EdgeError(Exception):
     def as_dict(self) -> dict[str, Any]:
         """The error for `--json`."""
         return {"code": self.code, "what": self.what, "why": self.why, "hint": self.hint}
+
+
+def _shown(text: str) -> str:
+    """`text` as it may reach a terminal: it quotes names and values out of files that strangers wrote."""
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]}… ({len(text) - _MOST_CHARACTERS:,} characters more)"
+    return _UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class InputError(Lora2EdgeError):

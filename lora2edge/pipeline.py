@@ -9,7 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora2edge.artifact import RECORD, find_artifact, is_intact, open_artifact, read_record, write_manifest
+from lora2edge.artifact import (
+    RECORD,
+    find_artifact,
+    folder_of,
+    is_intact,
+    open_artifact,
+    read_record,
+    reading_ahead,
+    write_manifest,
+)
 from lora2edge.backends.hf import open_baseline, open_merged
 from lora2edge.bench.interleave import bench
 from lora2edge.bench.machine import describe, fingerprint
@@ -21,7 +30,7 @@ from lora2edge.contracts import Progress, Sample
 from lora2edge.plan import ANSWER_TOKENS, Plan
 from lora2edge.quality import record_reference, verify_merge
 from lora2edge.stage import run_stage, stage_command
-from lora2edge.storage import atomic_folder, write_json
+from lora2edge.storage import sweep, write_json
 from lora2edge.target import Target
 from lora2edge.texts import Texts, samples_digest
 
@@ -116,12 +125,16 @@ class Pipeline:
         return stage_key("lower", self.plan.model_key, options, calibration.result["digest"] if calibration else None)
 
     def lower(self, target: Target, calibration: Finished | None, folder: Path) -> Finished:
-        """The artifact in `folder`, whole; kept where it already is what this plan would write."""
+        """The artifact in `folder`, whole; kept where it already is what this plan would write.
+
+        After a kill or an interrupt, the same call goes on with what was finished.
+        """
         key = self.lower_key(target, calibration)
         found = find_artifact(folder, key)
         if found is not None and is_intact(found):
+            sweep(folder)
             return self._note("lower", _lowered(folder, key, reused=True), target)
-        with atomic_folder(folder) as partial:
+        with folder_of(folder, key) as partial:
             request = {
                 "stage": "lower",
                 "checkpoint": self.plan.merged.ref.to_json(),
@@ -129,7 +142,8 @@ class Pipeline:
                 "calibration": str(calibration.path) if calibration else None,
                 "out": str(partial),
             }
-            result = run_stage(request, self.progress, target.python)
+            with reading_ahead(self.plan.merged, self.progress) as paced:
+                result = run_stage(request, paced, target.python)
             write_manifest(
                 partial,
                 self.plan.merged,

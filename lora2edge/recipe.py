@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,19 +70,29 @@ def _absolute(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     result = dict(data)
     for key in _PATH_FIELDS:
         value = result.get(key)
-        if isinstance(value, str) and (key == "out" or (folder / value).exists() or value.startswith((".", "/"))):
-            result[key] = str((folder / value).resolve())
+        if isinstance(value, str) and (key == "out" or os.path.exists(folder / value) or value.startswith((".", "/"))):  # noqa: PTH110
+            result[key] = _real(folder, value)
     if isinstance(result.get("targets"), list):
         result["targets"] = [_absolute_target(name, folder) for name in result["targets"]]
     files = result.get("data")
     if isinstance(files, str):
-        result["data"] = str((folder / files).resolve())
+        result["data"] = _real(folder, files)
     elif isinstance(files, dict):
-        result["data"] = {key: str((folder / str(value)).resolve()) for key, value in files.items()}
+        result["data"] = {key: _real(folder, str(value)) for key, value in files.items()}
     return result
 
 
 def _absolute_target(name: Any, folder: Path) -> Any:
-    if isinstance(name, str) and name.endswith((".yaml", ".yml")) and (folder / name).exists():
-        return str((folder / name).resolve())
+    if isinstance(name, str) and name.endswith((".yaml", ".yml")) and os.path.exists(folder / name):  # noqa: PTH110
+        return _real(folder, name)
     return name
+
+
+def _real(folder: Path, name: str) -> str:
+    """The absolute path of `name` in `folder`, links followed. A loop of links, or a name that no file can have,
+    stays what it is and is refused where it is opened; pathlib would raise.
+    """
+    try:
+        return os.path.realpath(folder / name)
+    except ValueError:  # a NUL
+        return str(folder / name)

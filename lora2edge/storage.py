@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,31 @@ def digest(data: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, hex, read in chunks."""
+    """sha256 of a file's bytes, hex, read in chunks; of a file that `hash_ahead` has read, what it found."""
+    if known := _HASHED.get(_identity(path)):
+        return known
     state = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+def hash_ahead(path: Path, wait: Callable[[int], bool]) -> None:
+    """Hashes a file on the way through it, for a later sha256_file: its bytes are in the page cache for others then.
+
+    `wait(bytes)` is called before so many more are read, and may take its time; where it returns False, that was all.
+    """
+    before, state = _identity(path), hashlib.sha256()
+    if before in _HASHED:
+        return
+    with path.open("rb", buffering=0) as file:
+        while wait(_CHUNK):
+            if not (chunk := file.read(_CHUNK)):
+                if _identity(path) == before:
+                    _HASHED[before] = state.hexdigest()
+                return
+            state.update(chunk)
 
 
 @contextlib.contextmanager
@@ -65,14 +85,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        sweep(path)
         partial.mkdir()
         try:
             yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    _fsync(file)
-            _replace(partial, path)
+            replace_folder(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -98,35 +115,49 @@ def write_json(path: Path, data: Any) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, out: Path | None = None) -> Iterator[None]:
     """Keeps other processes out of `folder`, which is made where it is missing, until the block ends.
 
     Nothing is left behind, however the process ends: the lock is the kernel's (flock(2) on the folder itself). Raises
-    OutputError where another process holds it.
+    OutputError where another process holds it; the error names `out` where the folder is only on the way there.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        handle = _lock_folder(folder, out or folder)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                "out-busy",
-                f"another lora2edge writes to {folder}",
-                why="two at once would take each other's files for their own",
-                hint="wait for it, or choose another folder with --out",
-            ) from error
-        except OSError as error:  # network file systems without locks
-            if error.errno not in {errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL}:
-                raise
         yield
     finally:
         os.close(handle)
 
 
-def _replace(partial: Path, path: Path) -> None:
-    """A folder that holds files cannot be replaced in one step: the old one steps aside first."""
+def lock(handle: int) -> bool:
+    """Locks an open file until it is closed; False where another process has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # network file systems without locks
+        if error.errno not in {errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL}:
+            raise
+    return True
+
+
+def busy(out: Path) -> OutputError:
+    """The error for a folder that another process writes to."""
+    return OutputError(
+        "out-busy",
+        f"another lora2edge writes to {out}",
+        why="two at once would take each other's files for their own",
+        hint="wait for it, or choose another folder with --out",
+    )
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Brings the finished folder `partial` to the disk and renames it to `path`, whatever is there.
+
+    A folder that holds files cannot be replaced in one step: the old one steps aside first.
+    """
+    for file in (*partial.rglob("*"), partial):
+        _fsync(file)
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         while True:
@@ -134,24 +165,59 @@ def _replace(partial: Path, path: Path) -> None:
                 path.replace(old)
             try:
                 partial.replace(path)
-                return
+                break
             except OSError as error:
                 if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
                     raise
                 # Another process has put its own there since.
                 shutil.rmtree(old, ignore_errors=True)
+        _fsync(path.parent)
     finally:
         if old.exists() and not path.exists():
             old.replace(path)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep(path: Path) -> None:
-    """Removes what a killed process (no longer alive) left beside `path`."""
-    for left in path.parent.glob(f".{path.name}.*.*"):
-        parts = left.name.rsplit(".", 2)
-        if parts[-1] in {"partial", "old"} and parts[-2].isdigit() and not _lives(int(parts[-2])):
-            shutil.rmtree(left, ignore_errors=True)
+def sweep(path: Path, keep: Path | None = None) -> None:
+    """Removes what killed processes (no longer alive) left beside `path`, but for `keep`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        name, owner, kind = left.name.rsplit(".", 2)
+        if left == keep or name != f".{path.name}":
+            continue
+        if kind == "resume":
+            _remove_unlocked(left)
+        elif kind in {"partial", "old"} and owner.isdigit() and not _lives(int(owner)):
+            if kind == "old" and not path.exists():  # killed between the two renames
+                left.replace(path)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    with contextlib.suppress(OutputError), alone_in(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock_folder(folder: Path, out: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if not lock(handle):
+                raise busy(out)
+            if _is_at(handle, folder):
+                return os.dup(handle)  # the same lock
+        finally:
+            os.close(handle)
+        # Another process has renamed the folder between the opening and the lock.
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether `path` still leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lives(process: int) -> bool:
@@ -168,8 +234,21 @@ def _lives(process: int) -> bool:
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Of a file or a folder: of the names in it."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
+    except OSError as error:  # network file systems that know no fsync of folders
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(handle)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from any other, and from itself before it was changed."""
+    stat = path.stat()
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+_HASHED: dict[tuple[int, ...], str] = {}

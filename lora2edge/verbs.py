@@ -8,12 +8,14 @@ from typing import Any
 from lora2edge.adapters import read_adapter
 from lora2edge.artifact import is_intact, lower_here, open_artifact
 from lora2edge.bench.machine import describe
+from lora2edge.build import describe_plan, survey_whole
 from lora2edge.cache import Cache
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Artifact, Progress
 from lora2edge.errors import InputError
+from lora2edge.output import check_replaceable
 from lora2edge.pipeline import Finished, Pipeline
-from lora2edge.plan import Plan, check_replaceable, load_all_texts, load_calibration_texts, plan_build
+from lora2edge.plan import Plan, load_all_texts, load_calibration_texts, plan_build
 from lora2edge.quality import judge
 from lora2edge.recipe import Recipe, load_recipe
 from lora2edge.storage import alone_in
@@ -34,8 +36,8 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
     if prove:
         result["merge"] = Pipeline(plan, Cache(), progress).prove(load_calibration_texts(plan)).result
     lower_here(plan.merged, plan.targets[0], None, out, progress)
-    checks = plan.merged.checks
-    return {**result, "adapted": len(checks), "worst_formula_error": max(checks.values(), default=0.0)}
+    checks = plan.merged.checks  # of the rows that this run computed; others passed in the run before
+    return {**result, "adapted": len(plan.merged.adapted), "worst_formula_error": max(checks.values(), default=0.0)}
 
 
 def lower_all(recipe: Recipe, *, force: bool, progress: Progress) -> list[dict[str, Any]]:
@@ -100,8 +102,11 @@ def bench_artifact(path: Path, options: dict[str, Any], scenarios: list[str], *,
     }
 
 
-def inspect(path: Path) -> dict[str, Any]:
-    """What the folder `path` holds: an artifact, an adapter or a checkpoint. Reads no weight."""
+def inspect(path: Path, base: str | None = None) -> dict[str, Any]:
+    """What the folder `path` holds: an artifact, an adapter or a checkpoint. Reads no weight.
+
+    Of an adapter also the plan of building it, where its base is at hand: `base`, or a folder that it names.
+    """
     if (path / "manifest.json").exists():
         artifact = open_artifact(path)
         manifest = artifact.manifest
@@ -118,7 +123,10 @@ def inspect(path: Path) -> dict[str, Any]:
     if (path / "adapter_config.json").exists():
         adapter = read_adapter(path)
         facts = adapter.describe()
-        return {**facts, "kind": "adapter", "method": facts["kind"], "base": adapter.base_model_name_or_path}
+        named = adapter.base_model_name_or_path
+        at_hand = base or (named if named and Path(named).is_dir() else None)
+        plan = describe_plan(survey_whole(Recipe(base=at_hand, adapter=str(path)))) if at_hand else None
+        return {**facts, "kind": "adapter", "method": facts["kind"], "base": named, "plan": plan}
     checkpoint = open_checkpoint(path)
     dtypes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():

@@ -64,6 +64,7 @@ def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> 
 
 def require(*modules: str) -> None:
     """Raises MissingExtraError where one of PyTorch, transformers and PEFT is installed and does not load."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed: it tells of kernels that it lacks
     for name in modules:
         try:
             importlib.import_module(name)

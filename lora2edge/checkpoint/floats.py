@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 FLOAT_DTYPES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 """The dtypes that can be read and written, as safetensors names them, and the bytes of one element."""
 
-_BLOCK = 1 << 16
-"""Elements rounded at a time, so that the passes of the rounding stay in a core's own cache."""
+_BLOCK = 1 << 17
+"""Elements rounded at a time: the passes stay near a core's own cache, and other threads are seldom called away."""
 
 
 def decode(raw: NDArray[np.uint8], dtype: str) -> FloatArray:
@@ -60,9 +60,9 @@ def _round_bfloat16(rows: FloatArray) -> NDArray[np.uint16]:
         np.add(part, block, out=part)
         np.right_shift(part, 16, out=part)
         out[start : start + _BLOCK] = part
-        np.bitwise_and(block, 0x7FFFFFFF, out=part)
-        if part.max(initial=0) > 0x7F800000:
-            nan = part > 0x7F800000
+        # Of positive sign a NaN is above infinity as a signed integer, of negative sign as an unsigned one.
+        if block.view(np.int32).max(initial=0) > 0x7F800000 or block.max(initial=0) > 0xFF800000:
+            nan = (block & 0x7FFFFFFF) > 0x7F800000
             out[start : start + _BLOCK][nan] = (block[nan] >> 16) | 0x40
     return out.reshape(rows.shape)
 

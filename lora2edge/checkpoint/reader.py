@@ -65,6 +65,13 @@ class TensorReader:
         raw = self._read(info.shard, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
         return decode(raw, info.dtype).reshape(stop - start, *shape[1:])
 
+    def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes `start:stop` of `name`, in a buffer that this thread's next read overwrites."""
+        tensor = self.stored[name]
+        if not 0 <= start <= stop <= tensor.length:
+            raise IndexError(f"bytes {start}:{stop} of {name!r}, which has {tensor.length}")
+        return self._read(tensor.info.shard, tensor.offset + start, stop - start)
+
     def bytes_at(self, name: str) -> StoredBytes:
         """Where the tensor lies."""
         tensor = self.stored[name]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora2edge.checkpoint.fields import check_fields
+from lora2edge.checkpoint.untrusted import parse_json, read_bounded
 from lora2edge.errors import AdapterError, CheckpointError, InputError
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_MOST_JSON_BYTES = 64_000_000
+"""The largest index, of a model of 150 thousand tensors, has 20 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,17 @@ def resolve_source(where: str | Path, what: str = "checkpoint") -> Source:
     Only data files are fetched, never code or pickles. Follows HF_HUB_OFFLINE.
     Raises CheckpointError or AdapterError, code `no-checkpoint` or `no-adapter`.
     """
-    folder = Path(where).expanduser()
-    if folder.is_dir():
-        return Source(folder.resolve(), None, None)
+    exists = False
+    try:
+        folder = Path(where).expanduser()
+        exists = folder.exists()
+        if folder.is_dir():
+            return Source(folder.resolve(), None, None)
+    except (OSError, RuntimeError, ValueError):  # too long, a user without a home, a loop of links
+        pass
     match = _HUB_ID.fullmatch(str(where))
-    if match is None or folder.exists():
-        kind = "a file" if folder.exists() else "neither a folder nor a hub id like org/name"
+    if match is None or exists:
+        kind = "no folder" if exists else "neither a folder nor a hub id like org/name"
         raise missing_source(what, where, f"it is {kind}", "give the folder, or org/name[@revision]")
     repo, revision = match["repo"], match["revision"]
     return Source(_download(repo, revision, what, where), repo, revision)
@@ -49,13 +57,20 @@ def missing_source(what: str, where: str | Path, why: str, hint: str) -> InputEr
 
 
 def read_json_file(path: Path, code: str, error: type[InputError] = CheckpointError) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `error` with `code` where it is none."""
+    """The JSON object in `path`, with the keys of `fields.FIELDS` checked.
+
+    Raises `error` with `code` where it is none, or Refusals with every value of a wrong kind.
+    """
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as failure:
-        raise error(code, f"{path.name} cannot be read", why=str(failure), hint=f"restore {path}") from failure
+        data = parse_json(read_bounded(path, _MOST_JSON_BYTES))
+    except (OSError, ValueError) as failure:
+        why = failure.strerror if isinstance(failure, OSError) else str(failure)
+        raise error(code, f"{path.name} cannot be read", why=f"{why}", hint=f"restore {path}") from failure
     if not isinstance(data, dict):
-        raise error(code, f"{path.name} holds no JSON object", why=f"it holds a {type(data).__name__}")
+        raise error(
+            code, f"{path.name} holds no JSON object", why=f"it is a {type(data).__name__}", hint=f"restore {path}"
+        )
+    check_fields(data, path.name, code, error)
     return data
 
 

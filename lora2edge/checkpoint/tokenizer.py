@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
+import os
 from pathlib import Path
 
+from lora2edge.checkpoint.outline import read_outline
+from lora2edge.checkpoint.source import read_json_file
+from lora2edge.checkpoint.untrusted import read_bounded
 from lora2edge.contracts import TokenizerFiles
 from lora2edge.errors import CheckpointError
 
@@ -22,16 +24,28 @@ TOKENIZER_GROUP = (
 """Taken from one folder together: ids of one and texts of another would be silently wrong."""
 GENERATION_FILES = ("generation_config.json",)
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+MOST_TOKENIZER_BYTES = 64_000_000
+"""The largest published tokenizer.json, Gemma 3's, has 33 MB."""
 
-_VOCAB = re.compile(rb'"vocab"\s*:\s*([{\[])')
-_ENTRY = re.compile(rb'\s*"(?:[^"\\]|\\.)*"\s*:\s*(\d+)\s*([,}])', re.DOTALL)
-_ADDED = re.compile(rb'"added_tokens"\s*:\s*\[')
+_PARSED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", *GENERATION_FILES)
+_TEXTS = ("chat_template.jinja",)
+_MOST_TEMPLATE_BYTES = 1_000_000
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """The tokenizer, template and generation files that `folder` has, by name."""
-    names = (*TOKENIZER_GROUP, *TEMPLATE_FILES, *GENERATION_FILES)
-    return {name: folder / name for name in names if (folder / name).is_file()}
+    """The tokenizer, template and generation files that `folder` has, by name.
+
+    Raises CheckpointError, code `bad-tokenizer`, or Refusals, where one is no file or cannot be what its name says.
+    """
+    found = {}
+    for name in (*TOKENIZER_GROUP, *TEMPLATE_FILES, *GENERATION_FILES):
+        path = folder / name
+        if path.is_file():
+            _check_file(path)
+            found[name] = path
+        elif os.path.lexists(path):
+            raise _bad(path, "it is no file, or a link to nowhere")
+    return found
 
 
 def merge_tokenizer_files(base: TokenizerFiles, adapter_folder: Path) -> TokenizerFiles:
@@ -56,64 +70,35 @@ def merge_tokenizer_files(base: TokenizerFiles, adapter_folder: Path) -> Tokeniz
 def vocabulary_size(path: Path) -> int:
     """Largest token id of a tokenizer.json plus one, added tokens included.
 
-    Scans the text: parsing the 150 thousand entries of a real vocabulary into Python objects takes 100 MB.
-    Raises CheckpointError, code `bad-tokenizer`.
+    The vocabulary and the merges are scanned as text: parsing the 150 thousand entries of a real one into Python
+    objects takes 100 MB. All of the file is checked. Raises CheckpointError, code `bad-tokenizer`.
     """
-    data = path.read_bytes()
-    largest = max(_largest_vocab_id(path, data), _largest_added_id(path, data))
-    if largest < 0:
-        raise _bad(path, "it has no vocabulary")
+    try:
+        _, largest = read_outline(read_bounded(path, MOST_TOKENIZER_BYTES))
+    except (OSError, ValueError) as error:
+        raise _bad(path, _reason(error)) from error
     return largest + 1
 
 
-def _largest_vocab_id(path: Path, data: bytes) -> int:
-    """A key of the vocabulary may be `vocab` too, but then a number follows, not a bracket."""
-    found = _VOCAB.search(data, max(data.find(b'"model"'), 0)) or _VOCAB.search(data)
-    if found is None:
-        return -1
-    if found[1] == b"[":
-        return _count_pieces(path, data[found.end() - 1 :])
-    largest, at = -1, found.end()
-    while entry := _ENTRY.match(data, at):
-        largest = max(largest, int(entry[1]))
-        at = entry.end()
-        if entry[2] == b"}":
-            return largest
-    if data[at : at + 64].lstrip().startswith(b"}"):
-        return largest
-    raise _bad(path, f"its vocabulary breaks off at byte {at}")
-
-
-def _count_pieces(path: Path, data: bytes) -> int:
-    """Unigram: a list of [piece, score], the index is the id."""
+def _check_file(path: Path) -> None:
+    """Refuses what can be told from the file alone; tokenizer.json is looked at where its ids are counted."""
     try:
-        pieces, _ = json.JSONDecoder().raw_decode(data.decode())
-    except ValueError as error:
-        raise _bad(path, str(error)) from error
-    return len(pieces) - 1
-
-
-def _largest_added_id(path: Path, data: bytes) -> int:
-    found = _ADDED.search(data)
-    if found is None:
-        return -1
-    end = data.find(b'"model"', found.end())
-    text = data[found.end() - 1 : end if end > 0 else len(data)].decode(errors="replace")
-    try:
-        added, _ = json.JSONDecoder().raw_decode(text)
-        return max((int(item["id"]) for item in added), default=-1)
-    except (ValueError, TypeError, KeyError) as error:
-        raise _bad(path, f"added_tokens cannot be read: {error}") from error
+        if path.name in _PARSED:
+            read_json_file(path, "bad-tokenizer")
+        elif path.name in _TEXTS:
+            read_bounded(path, _MOST_TEMPLATE_BYTES).decode("utf-8")
+        elif (size := path.stat().st_size) > MOST_TOKENIZER_BYTES:
+            raise ValueError(f"it has {size:,} bytes, at most {MOST_TOKENIZER_BYTES:,} make sense")
+    except (OSError, ValueError) as error:
+        raise _bad(path, _reason(error)) from error
 
 
 def _carries_template(path: Path | None) -> bool:
-    if path is None:
-        return False
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return isinstance(data, dict) and bool(data.get("chat_template"))
+    return path is not None and bool(read_json_file(path, "bad-tokenizer").get("chat_template"))
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return f"{error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _bad(path: Path, why: str) -> CheckpointError:

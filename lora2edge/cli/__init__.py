@@ -66,8 +66,8 @@ def main() -> None:
         else:
             error.show()
         sys.exit(EXIT_INPUT)
-    except (KeyboardInterrupt, click.Abort):
-        _leave_interrupted(as_json)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _leave_interrupted(as_json, error.__cause__ or error)
 
 
 def _say(error: Lora2EdgeError, as_json: bool) -> None:
@@ -78,12 +78,13 @@ def _say(error: Lora2EdgeError, as_json: bool) -> None:
         click.echo(str(error), err=True)
 
 
-def _leave_interrupted(as_json: bool) -> NoReturn:
-    """Leaves at once: everything is cleaned up by now.
+def _leave_interrupted(as_json: bool, error: BaseException | None = None) -> NoReturn:
+    """Leaves at once: everything is cleaned up by now; what was kept, the error's notes say.
 
     CPython would turn the exit status into death by SIGINT where the interrupt hit an extension module's import.
     """
-    words = "finished stages are kept, the same command goes on from there"
+    notes = getattr(error, "__notes__", [])
+    words = "; ".join(notes) or "finished stages are kept, the same command goes on from there"
     if as_json:
         _say(Lora2EdgeError("interrupted", "interrupted", why=words), as_json)
     else:

@@ -15,6 +15,7 @@ from lora2edge.cli.options import (
     print_json,
     progress_shown,
     run_options,
+    show_plan,
     target_option,
     text,
 )
@@ -46,18 +47,21 @@ def command(
 ) -> int:
     """Merge, prove, lower, measure and report.
 
-    RECIPE.yaml holds the same fields as the options, which override it.
+    RECIPE.yaml holds the same fields as the options, which override it. --plan reads headers only, needs neither
+    --data nor --out, and tells everything that would be refused.
     """
-    from lora2edge.build import build, describe_plan, plan_whole
+    from lora2edge.build import build, describe_plan, survey_whole
+    from lora2edge.errors import refuse
     from lora2edge.recipe import load_recipe
-    from lora2edge.report.terminal import print_plan, print_summary
+    from lora2edge.report.terminal import print_summary
 
     merged = {**options, "targets": list(targets) or None, "data": text(data), "out": text(out)}
     loaded = load_recipe(recipe, merged)
     if plan_only:
-        plan = describe_plan(plan_whole(loaded, force=force)[0])
-        print_json(plan) if as_json else print_plan(plan)
-        return 0
+        survey = survey_whole(loaded, force=force)
+        if survey.base is None and not survey.adapters:
+            refuse(survey.refusals)  # there is nothing else to tell
+        return show_plan(describe_plan(survey), survey.refusals, as_json)
     with progress_shown(as_json) as progress:
         result = build(loaded, progress=progress, force=force, bench=not no_bench, strict=strict)
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from lora2edge.contracts import Progress
+    from lora2edge.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,6 +78,27 @@ def print_json(data: Any) -> None:
 
         line = json.dumps(finite(data)[0], ensure_ascii=False)
     click.echo(line)
+
+
+def show_plan(plan: dict[str, Any], refusals: Sequence[InputError], as_json: bool) -> int:
+    """Prints a plan, and what refuses it; returns the exit code.
+
+    JSON is one object, with the refusals as `error` beside the plan; as text they are raised.
+    """
+    from lora2edge.errors import InputError, refuse
+    from lora2edge.report.terminal import print_plan
+
+    if not as_json:
+        print_plan(plan)
+        refuse(list(refusals))
+        return 0
+    try:
+        refuse(list(refusals))
+    except InputError as error:
+        print_json({**plan, "error": error.as_dict()})
+        return error.exit_code
+    print_json(plan)
+    return 0
 
 
 def text(path: Path | None) -> str | None:

@@ -64,20 +64,26 @@ def print_quality(result: Mapping[str, Any], console: Console | None = None) -> 
 
 
 def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
-    """What a build would do and need: `{"inputs", "targets": {name: estimate}, …}`; nothing was read or written."""
+    """What a build would do and need, as `describe_plan` gives it; no weight was read, nothing was written."""
     console = console or _console()
-    _print_table(console, tables.inputs_table(plan))
+    if plan["inputs"]:
+        _print_table(console, tables.inputs_table(plan))
+    for adapter in plan["adapters"]:
+        for line in words.adapter_lines(adapter):
+            _print_plain(console, line)
     rows = tuple(
         (
-            tables.Cell(name),
-            tables.Cell(words.size(estimate["ram_bytes"])),
-            tables.Cell(words.size(estimate["disk_bytes"])),
-            tables.Cell(words.duration(estimate["seconds"])),
-            tables.Cell("; ".join(estimate.get("notes", ()))),
+            tables.Cell(stage["stage"]),
+            tables.Cell(stage["target"] or ""),
+            tables.Cell(words.size(stage["ram_bytes"]), tone="" if stage["fits"] else "fail"),
+            tables.Cell(words.size(stage["disk_bytes"]) if stage["disk_bytes"] else words.NONE),
+            tables.Cell(words.duration(stage["seconds"])),
+            tables.Cell("; ".join(filter(None, (stage["note"], "" if stage["fits"] else "more than is free here")))),
         )
-        for name, estimate in plan["targets"].items()
+        for stage in plan["stages"]
     )
-    _print_table(console, tables.Table("Targets", ("Target", "Memory", "Disk", "Time", "Notes"), rows))
+    columns = ("Stage", "Target", "Memory", "Disk", "Time", "Notes")
+    _print_table(console, tables.Table("Stages: memory and disk at most, time about", columns, rows))
     machine = plan["machine"]
     _print_plain(
         console,
@@ -85,8 +91,9 @@ def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
         f"{words.size(machine['disk_bytes'])} of disk free, GPU: {machine.get('cuda') or 'none'}. "
         f"Device {plan['device']}, {plan['threads']} threads.",
     )
-    if plan.get("baseline_seconds") is not None:
-        _print_plain(console, f"Measuring the baseline takes about {words.duration(plan['baseline_seconds'])}.")
+    for name, errors in {"the build": plan["refused"]["build"], **plan["refused"]["targets"]}.items():
+        for error in errors:
+            _print_plain(console, f"Refused: {name}: {error['what']} ({error['code']})")
 
 
 def _print_table(console: Console, table: tables.Table, shown: list[int] | None = None, *, note: bool = True) -> None:

@@ -110,6 +110,37 @@ def metric_interval(name: str, data: Mapping[str, Any]) -> str:
     return interval(data, fraction=name in _FRACTIONS)
 
 
+def adapter_lines(adapter: Mapping[str, Any]) -> list[str]:
+    """A plan's adapter in a few lines: its kind and size, what it reaches, and how it matches the base."""
+    lines = [f"{adapter['name']}: {adapter['kind']} of rank {adapter['rank']}, {adapter['tensors']} tensors"]
+    if "coverage" not in adapter:
+        return lines
+    coverage, delta, match = adapter["coverage"], adapter["delta"], adapter["match"]
+    lines[0] += (
+        f" ({parameters(delta['parameters'])} parameters, {size(delta['bytes'])}) on {coverage['modules']} modules; "
+        f"changes {percent(delta['share'])} of the weights"
+    )
+    if coverage["missed"]:
+        lines.append(f"Hit nothing when it was trained: {', '.join(coverage['missed'])}")
+    if coverage["unadapted"]:
+        left = ", ".join(f"{name} × {number}" for name, number in coverage["unadapted"].items())
+        lines.append(f"Linear layers that it leaves as they are: {left}")
+    else:
+        lines.append("It adapts every linear layer")
+    vocabulary = f"{match['tokenizer_ids']} token ids of the {match['tokenizer_from']}'s tokenizer" if (
+        match["tokenizer_ids"]
+    ) else "no tokenizer"  # fmt: skip
+    lines.append(
+        f"Fits the base: names and shapes of {match['parts']} parts; {vocabulary} in {match['embedding_rows']} rows"
+    )
+    if match["named"]:
+        revision = f" at {match['named_revision']}" if match["named_revision"] else ""
+        lines.append(f"It was trained on {match['named']}{revision}")
+        if match["same_name"] is False:
+            lines[-1] += f", and {match['given']} has another name: only names and shapes could be compared"
+    return lines
+
+
 def visible(text: str, limit: int = 60) -> str:
     """`text` with everything that does not show (controls, format characters, lone marks) as its code point."""
     shown = []

@@ -12,7 +12,7 @@ from typing import Any
 from lora2edge.contracts import Message
 from lora2edge.errors import DataError
 
-_TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,15 @@ def _compile(source: str, now: Any) -> Any:
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             "chat-template-syntax",
-            f"the chat template cannot be parsed: line {error.lineno}: {error.message}",
+            "the chat template cannot be parsed",
+            why=f"line {error.lineno}: {error.message}",
+            hint="compare chat_template.jinja with the base model's own",
+        ) from error
+    except (RecursionError, MemoryError) as error:
+        raise DataError(
+            "chat-template-syntax",
+            "the chat template cannot be parsed",
+            why="it is nested too deeply",
             hint="compare chat_template.jinja with the base model's own",
         ) from error
 

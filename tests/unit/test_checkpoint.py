@@ -281,7 +281,8 @@ def test_no_weights(single: Path) -> None:
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes 4-bit"),
-        ({"load_in_8bit": True}, "unknown"),
+        ({"load_in_8bit": True}, "bitsandbytes 8-bit"),
+        ({"quant_method": "hqq"}, "hqq"),
     ],
 )
 def test_quantized_base(base: Path, settings: dict[str, Any], word: str) -> None:

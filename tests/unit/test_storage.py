@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from lora2edge import artifact
 from lora2edge.cache import Cache
 from lora2edge.errors import OutputError
-from lora2edge.storage import alone_in, atomic_folder
+from lora2edge.progress import SILENT
+from lora2edge.storage import alone_in, atomic_folder, hash_ahead, sha256_file
 
 
 def test_atomic_folder_sweeps_only_what_the_dead_left(tmp_path: Path) -> None:
@@ -87,3 +91,58 @@ def test_a_cache_entry_that_another_process_finished_stays(tmp_path: Path) -> No
         (folder / "file").write_text("second")
         subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
     assert (cache.entry("measure", "0" * 64).path / "file").read_text() == "first"
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"first")
+
+    def change(count: int) -> bool:
+        path.write_bytes(b"other")
+        os.utime(path, ns=(1, 1))
+        return True
+
+    hash_ahead(path, change)
+    assert sha256_file(path) == hashlib.sha256(b"other").hexdigest()
+    path.write_bytes(b"third")
+    hash_ahead(path, lambda count: True)
+    path.write_bytes(b"fourth")
+    assert sha256_file(path) == hashlib.sha256(b"fourth").hexdigest()
+
+
+def test_a_file_hashed_ahead_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 << 20))
+    asked: list[int] = []
+    hash_ahead(path, lambda count: not asked.append(count))  # type: ignore[func-returns-value]
+    assert sum(asked) >= 3 << 20
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(Path, "open", None)
+    assert sha256_file(path) == expected
+    monkeypatch.undo()
+    (tmp_path / "stopped").write_bytes(b"never")
+    hash_ahead(tmp_path / "stopped", lambda count: False)
+    assert sha256_file(tmp_path / "stopped") == hashlib.sha256(b"never").hexdigest()
+
+
+def test_reading_ahead_keeps_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most AHEAD_BYTES in front of the share of the work that is done; nothing more once it is given up."""
+    monkeypatch.setattr(artifact, "AHEAD_BYTES", 100)
+    pace = artifact._Pace(SILENT, 1000)
+    read: list[int] = []
+
+    def reader() -> None:
+        while sum(read) < 1000 and pace.wait(50):
+            read.append(50)
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    for done, expected in ((0, 100), (3, 400), (1, 500)):
+        if not done:
+            pace.start("work", 10)
+        pace.advance(done)
+        thread.join(0.1)
+        assert sum(read) == expected
+    pace.end(give_up=True)
+    thread.join(10)
+    assert sum(read) == 500 and not thread.is_alive()

@@ -20,7 +20,7 @@ from lora2edge.backends.gguf.decide import (
 )
 from lora2edge.backends.gguf.imatrix import read_importance, write_imatrix
 from lora2edge.backends.gguf.model import ModelPlan, plan_model
-from lora2edge.backends.gguf.write import SLAB_ELEMENTS, cores, slabs, write_model
+from lora2edge.backends.gguf.write import SLAB_ELEMENTS, slabs, write_model
 from lora2edge.contracts import (
     BackendHealth,
     Calibration,
@@ -44,6 +44,8 @@ _OTHER_WEIGHTS_PER_SECOND = 120e6
 _BASE_RAM = 140 << 20
 _RAM_PER_TOKENIZER_BYTE = 18
 _SLABS_PER_CORE = 6
+_THREADS_PER_CORE = 2
+"""At most: slabs are computed on all logical cores, the plan knows the physical ones."""
 
 
 class GgufBackend:
@@ -64,7 +66,7 @@ class GgufBackend:
         return Estimate(
             ram_bytes=_BASE_RAM
             + _RAM_PER_TOKENIZER_BYTE * tokenizer_bytes
-            + _SLABS_PER_CORE * 4 * SLAB_ELEMENTS * cores(),
+            + _SLABS_PER_CORE * 4 * SLAB_ELEMENTS * _THREADS_PER_CORE * machine.cores,
             disk_bytes=sum(tensor_bytes(types[tensor.name], tensor.shape) for tensor in tensors) + tokenizer_bytes,
             seconds=seconds / max(1, machine.cores),
             max_length=decision.model.context_length,

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lora2edge.backends.gguf.container import Metadata, pack_arrays
 from lora2edge.backends.gguf.imatrix import Importance
 from lora2edge.backends.gguf.mix import FILE_TYPES, TYPES, FileType, choose_types
 from lora2edge.backends.gguf.model import ModelPlan, plan_model
-from lora2edge.backends.gguf.vocabulary import TokenizerSection, read_vocabulary
-from lora2edge.contracts import Checkpoint
+from lora2edge.backends.gguf.vocabulary import SPECIAL_IDS, TokenizerSection, read_vocabulary
+from lora2edge.checkpoint import embedding_name
+from lora2edge.contracts import Checkpoint, TokenizerFiles
 from lora2edge.errors import InputError, MissingExtraError, Refusals, TargetError, UnsupportedError, refuse
 from lora2edge.target import Target
 
 IMATRIX_FILE = "imatrix.gguf"
-_MANY_ROWS = 1 << 20
-"""Where the embedding is unknown, so that the tokenizer's refusals are found with the others."""
+_MANY_ROWS = 1 << 18
+"""Where there is no embedding, so that the tokenizer's refusals are found with the others."""
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "imatrix": (True, False),
@@ -120,13 +124,34 @@ def decide(checkpoint: Checkpoint, target: Target) -> Decision:
     except InputError as error:
         errors.append(error)
     try:
-        rows = model.vocab_rows if model else _MANY_ROWS
-        tokenizer = read_vocabulary(checkpoint.tokenizer, checkpoint.config, rows)
+        tokenizer = _vocabulary(checkpoint, model.vocab_rows if model else _embedding_rows(checkpoint))
     except InputError as error:
         errors.append(error)
     refuse([single for error in errors for single in (error.errors if isinstance(error, Refusals) else (error,))])
     assert file_type and options and model and tokenizer
-    return Decision(file_type, options, model, replace(tokenizer, metadata=pack_arrays(tokenizer.metadata)))
+    return Decision(file_type, options, model, tokenizer)
+
+
+def _embedding_rows(checkpoint: Checkpoint) -> int:
+    name = embedding_name(checkpoint.tensors)
+    return checkpoint.tensors[name].shape[0] if name else _MANY_ROWS
+
+
+def _vocabulary(checkpoint: Checkpoint, rows: int) -> TokenizerSection:
+    """The tokenizer's section with packed arrays. The last one read is kept: a plan asks for it once per target."""
+    files = tuple(
+        (name, str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for name, path in sorted(checkpoint.tokenizer.files.items())
+    )
+    ids = {key: checkpoint.config.get(key) for key in SPECIAL_IDS}
+    return _read_packed(files, json.dumps(ids), rows)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_packed(files: tuple[tuple[str, str, int, int], ...], ids: str, rows: int) -> TokenizerSection:
+    tokenizer = TokenizerFiles({name: Path(path) for name, path, _, _ in files})
+    section = read_vocabulary(tokenizer, json.loads(ids), rows)
+    return replace(section, metadata=pack_arrays(section.metadata))
 
 
 def _check_library(options: Options) -> None:

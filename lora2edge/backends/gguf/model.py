@@ -186,7 +186,7 @@ def _context(config: Config, architecture: Architecture, wanted: int | None) -> 
         window = None
     if "use_sliding_window" not in config and architecture.name.startswith("qwen"):
         window = None  # transformers' own default
-    if "sliding_attention" not in config.get("layer_types", ["sliding_attention"]):
+    if "sliding_attention" not in (config.get("layer_types") or ["sliding_attention"]):
         window = None
     limit = min(positions, int(window)) if window else positions
     if wanted is not None:

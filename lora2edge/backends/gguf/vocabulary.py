@@ -49,6 +49,10 @@ _KNOWN_ENDS = frozenset(
         "<｜end▁of▁sentence｜>",
     }
 )
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""transformers' name of a special token → llama.cpp's."""
+SPECIAL_IDS = tuple(f"{kind}_token_id" for kind in _SPECIAL)
+"""What is read from config.json."""
 _PHI3_KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
@@ -296,7 +300,7 @@ def _special(
     """Ids of the special tokens, and whether encoding adds them."""
     index = {text: i for i, text in enumerate(tokens)}
     ids: dict[str, int] = {}
-    for kind, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    for kind, key in _SPECIAL.items():
         named = settings.get(f"{kind}_token")
         text = named.get("content") if isinstance(named, Mapping) else named
         candidates = [index.get(text) if isinstance(text, str) else None]

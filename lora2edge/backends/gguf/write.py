@@ -7,14 +7,13 @@ Memory is bounded by the slabs in flight, not by the model.
 
 from __future__ import annotations
 
+import io
 import math
-import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -22,9 +21,10 @@ from lora2edge.backends.gguf.container import Metadata, padding, tensor_bytes, w
 from lora2edge.backends.gguf.imatrix import Importance
 from lora2edge.backends.gguf.mix import TYPES, row_bytes
 from lora2edge.backends.gguf.model import Planned
-from lora2edge.checkpoint import one_blas_thread
+from lora2edge.backends.slabs import in_order
 from lora2edge.contracts import Checkpoint, Progress
 from lora2edge.errors import CheckpointError
+from lora2edge.journal import GrowingFile, Journal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,11 +62,6 @@ class Slab:
     @property
     def size(self) -> int:
         return (self.stop - self.start) * math.prod(self.tensor.shape[1:])
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def slabs(tensor: Planned) -> Iterator[Slab]:
@@ -108,42 +103,31 @@ def write_model(
     importance: Importance | None,
     progress: Progress,
 ) -> None:
-    """Writes the file. `quantizer` may be None where every type is F32. Raises CheckpointError for a bad weight."""
+    """Writes the file; where its folder has a journal, goes on with what an earlier call left.
+
+    `quantizer` may be None where every type is F32. Raises CheckpointError for a bad weight.
+    """
     work = [slab for tensor in tensors for slab in slabs(tensor)]
     progress.start("quantize", sum(slab.size for slab in work), "weights")
     weights = {tensor.name: importance.weights(tensor.name) for tensor in tensors} if importance else {}
+    header = io.BytesIO()
+    write_header(header, metadata, [(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors])
+    ends = list(accumulate((_length(slab, types) for slab in work), initial=header.tell()))
 
     def job(slab: Slab) -> Bytes:
         rows = read_slab(checkpoint, slab)
         return encode(slab.tensor, rows, types[slab.tensor.name], quantizer, weights.get(slab.tensor.name))
 
-    with path.open("wb") as file:
-        write_header(file, metadata, [(tensor.name, types[tensor.name], tensor.shape) for tensor in tensors])
-        for slab, data in in_order(job, work):
-            file.write(data.data)
-            if slab.is_last:
-                _pad(file, slab.tensor, types)
+    with Journal(path.parent) as journal, GrowingFile(journal, path.name, set(ends)) as file:
+        if not file.size:
+            file.append(header.getbuffer())
+        finished = ends.index(file.size)
+        progress.advance(sum(slab.size for slab in work[:finished]))
+        for slab, data in in_order(job, work[finished:]):
+            file.append(data.data, memoryview(bytes(_padding(slab, types))))
             progress.advance(slab.size)
+        file.finish()
     progress.finish()
-
-
-def in_order(job: Any, work: Sequence[Slab]) -> Iterator[tuple[Slab, Any]]:
-    """(slab, job(slab)) in the order of `work`, computed on all cores, with at most two slabs a core in flight."""
-    workers = cores()
-    waiting: deque[tuple[Slab, Future[Any]]] = deque()
-    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
-        try:
-            for slab in work:
-                waiting.append((slab, pool.submit(job, slab)))
-                if len(waiting) > 2 * workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
 
 
 def encode(
@@ -175,5 +159,11 @@ def encode(
     return data
 
 
-def _pad(file: IO[bytes], tensor: Planned, types: Mapping[str, str]) -> None:
-    file.write(b"\0" * padding(tensor_bytes(types[tensor.name], tensor.shape)))
+def _length(slab: Slab, types: Mapping[str, str]) -> int:
+    """Bytes of a slab in the file, with what is behind its tensor's last row."""
+    row = (1, *slab.tensor.shape[1:])
+    return (slab.stop - slab.start) * tensor_bytes(types[slab.tensor.name], row) + _padding(slab, types)
+
+
+def _padding(slab: Slab, types: Mapping[str, str]) -> int:
+    return padding(tensor_bytes(types[slab.tensor.name], slab.tensor.shape)) if slab.is_last else 0

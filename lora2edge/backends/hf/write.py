@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora2edge.adapters import written_config
-from lora2edge.checkpoint import FLOAT_DTYPES, encode_rows, one_blas_thread
+from lora2edge.backends.slabs import in_order
+from lora2edge.checkpoint import FLOAT_DTYPES, encode_rows
 from lora2edge.contracts import Checkpoint, Progress, StoredBytes, TensorInfo
 from lora2edge.errors import CheckpointError
+from lora2edge.journal import GrowingFile, Journal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5_000_000_000
 SLAB_ELEMENTS = 1 << 19
 """2 MB of float32: the passes over a slab stay near a core's own cache, and few slabs are in flight."""
-COPY_BYTES = 64 << 20
-_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F80_0000)}
-"""Stored dtype → its words as integers, and the bits of the exponent."""
+COPY_BYTES = 1 << 20
+_INFINITIES = {"BF16": (2, 0x7F80), "F16": (2, 0x7C00), "F32": (4, 0x7F80_0000), "F64": (8, 0x7FF0 << 48)}
+"""Stored dtype → bytes of a word, and infinity as an integer."""
 
 
 def write_checkpoint(view: Checkpoint, out: Path, progress: Progress, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `view` into the existing, empty folder `out`: weights, config, tokenizer, template, generation config.
+    """Writes `view` into the existing folder `out`: weights, config, tokenizer, template, generation config.
+
+    The folder is empty, or has a journal and what a killed call with equal arguments left: that is not made again.
 
     Unchanged tensors are copied as bytes; changed ones are computed in float32 and rounded once to their stored
     dtype. Above `shard_bytes` of weights there are several files and an index. Equal views give equal bytes.
@@ -39,8 +42,9 @@ def write_checkpoint(view: Checkpoint, out: Path, progress: Progress, shard_byte
     """
     shards = _plan(view, shard_bytes)
     progress.start("write the merged checkpoint", sum(shard.data_bytes for shard in shards), "bytes")
-    for shard in shards:
-        _write_shard(view, shard, out, progress)
+    with Journal(out) as journal:
+        for shard in shards:
+            _write_shard(view, shard, journal, progress)
     progress.finish()
     if len(shards) > 1:
         _write_index(shards, out)
@@ -51,11 +55,11 @@ def write_checkpoint(view: Checkpoint, out: Path, progress: Progress, shard_byte
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """One file to write: its header, and where each tensor begins in it."""
+    """One file to write: its header, and its tensors in order."""
 
     file_name: str
     header: bytes
-    places: Sequence[tuple[TensorInfo, int]]
+    infos: Sequence[TensorInfo]
     data_bytes: int
 
 
@@ -81,17 +85,15 @@ def _layout(view: Checkpoint, file_name: str, infos: list[TensorInfo]) -> _Shard
     # By element width, so that every tensor starts at a multiple of its own width.
     ordered = sorted(infos, key=lambda info: -(lengths[info.name] // max(info.size, 1)))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at, starts = 0, []
+    at = 0
     for info in ordered:
         end = at + lengths[info.name]
         entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, end]}
-        starts.append(at)
         at = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    places = [(info, len(header) + start) for info, start in zip(ordered, starts, strict=True)]
-    return _Shard(file_name, header, places, at)
+    return _Shard(file_name, header, ordered, at)
 
 
 def _length(view: Checkpoint, info: TensorInfo) -> int:
@@ -99,50 +101,58 @@ def _length(view: Checkpoint, info: TensorInfo) -> int:
     return stored.length if stored else info.size * FLOAT_DTYPES[info.dtype]
 
 
-def _write_shard(view: Checkpoint, shard: _Shard, out: Path, progress: Progress) -> None:
-    """Reads, computes, rounds and writes slabs at their places, a core each."""
-    handle = os.open(out / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    workers = os.cpu_count() or 1
-    try:
-        os.truncate(handle, len(shard.header) + shard.data_bytes)
-        _write_at(handle, memoryview(shard.header), 0)
-        with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
-            in_flight: deque[Future[int]] = deque()
-            try:
-                for step in _steps(view, shard, handle):
-                    in_flight.append(pool.submit(step))
-                    if len(in_flight) > 2 * workers:
-                        progress.advance(in_flight.popleft().result())
-                while in_flight:
-                    progress.advance(in_flight.popleft().result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        os.close(handle)
+def _write_shard(view: Checkpoint, shard: _Shard, journal: Journal, progress: Progress) -> None:
+    """Reads, computes and rounds pieces on all cores, and appends them; skips what the journal says is there."""
+    size = len(shard.header) + shard.data_bytes
+    if journal.is_whole(shard.file_name, size):
+        progress.advance(shard.data_bytes)
+        return
+    pieces = list(_pieces(view, shard))
+    ends = list(accumulate((piece.length for piece in pieces), initial=len(shard.header)))
+    with GrowingFile(journal, shard.file_name, set(ends)) as file:
+        if not file.size:
+            file.append(memoryview(shard.header))
+        progress.advance(file.size - len(shard.header))
+        for piece, data in in_order(lambda piece: _make(view, piece), pieces[ends.index(file.size) :]):
+            file.append(data)
+            progress.advance(piece.length)
+        file.finish()
 
 
-def _steps(view: Checkpoint, shard: _Shard, handle: int) -> Iterator[Callable[[], int]]:
-    """Independent pieces of work; each returns the bytes that it wrote."""
-    for info, place in shard.places:
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of one tensor, small enough for a core's own cache."""
+
+    info: TensorInfo
+    copied: StoredBytes | None
+    """Where it is read as it stands; else rows `start:stop` are computed."""
+    start: int
+    stop: int
+    length: int
+    """Bytes in the file."""
+
+
+def _pieces(view: Checkpoint, shard: _Shard) -> Iterator[_Piece]:
+    """The shard's data, in its order."""
+    for info in shard.infos:
         stored = view.stored(info.name)
         if stored is not None:
             for at in range(0, stored.length, COPY_BYTES):
-                part = StoredBytes(stored.path, stored.offset + at, min(COPY_BYTES, stored.length - at))
-                yield lambda info=info, part=part, to=place + at: _copy(info, part, handle, to)  # type: ignore[misc]
+                length = min(COPY_BYTES, stored.length - at)
+                yield _Piece(info, StoredBytes(stored.path, stored.offset + at, length), 0, 0, length)
             continue
         rows = info.shape[0] if info.shape else 1
         row_bytes = info.size // max(rows, 1) * FLOAT_DTYPES[info.dtype]
         slab = max(1, SLAB_ELEMENTS * rows // max(info.size, 1))
         for start in range(0, rows, slab):
             stop = min(start + slab, rows)
-            to = place + start * row_bytes
-            yield lambda info=info, start=start, stop=stop, to=to: _compute(  # type: ignore[misc]
-                view, info, start, stop, handle, to
-            )
+            yield _Piece(info, None, start, stop, (stop - start) * row_bytes)
 
 
-def _compute(view: Checkpoint, info: TensorInfo, start: int, stop: int, handle: int, to: int) -> int:
+def _make(view: Checkpoint, piece: _Piece) -> memoryview:
+    if piece.copied is not None:
+        return _copy(piece.info, piece.copied)
+    info, start, stop = piece.info, piece.start, piece.stop
     rounded = encode_rows(view.rows(info.name, start, stop), info.dtype)
     if info.dtype == "F16" and not np.isfinite(rounded).all():
         raise CheckpointError(
@@ -151,39 +161,43 @@ def _compute(view: Checkpoint, info: TensorInfo, start: int, stop: int, handle: 
             why=f"a value in rows {start} to {stop - 1} is above 65504",
             hint="save the base in bfloat16 and merge on that",
         )
-    return _write_at(handle, _bytes(rounded), to)
+    return _bytes(rounded)
 
 
-def _copy(info: TensorInfo, part: StoredBytes, handle: int, to: int) -> int:
-    """Copies a range of an unchanged tensor through a buffer, so that a NaN in the base is not passed on unseen."""
+def _copy(info: TensorInfo, part: StoredBytes) -> memoryview:
+    """Bytes of an unchanged tensor, looked at, so that a NaN in the base is not passed on unseen."""
+    parts: list[bytes] = []
+    done = 0
     source = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        done = 0
         while done < part.length:
-            data = os.pread(source, min(part.length - done, 1 << 20), part.offset + done)
-            data = data[: len(data) - len(data) % FLOAT_DTYPES.get(info.dtype, 1)] or data
-            _require_finite(info, data)
-            count = _write_at(handle, memoryview(data), to + done)
-            if count == 0:
+            parts.append(os.pread(source, part.length - done, part.offset + done))
+            if not parts[-1]:
                 raise CheckpointError(
                     "file-changed",
                     f"{part.path.name} became shorter while it was read",
                     why=f"byte {part.offset + done} is behind its end",
                     hint="another process writes to the checkpoint: start again when it is done",
                 )
-            done += count
-        return done
+            done += len(parts[-1])
     finally:
         os.close(source)
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    _require_finite(info, data)
+    return memoryview(data)
 
 
 def _require_finite(info: TensorInfo, data: bytes) -> None:
-    """Raises CheckpointError where the stored floats hold NaN or infinity: all bits of the exponent are set."""
-    if info.dtype not in _EXPONENTS:
+    """Raises CheckpointError where the stored floats hold NaN or infinity: all bits of the exponent are set.
+
+    As an unsigned number such a word of negative sign is the largest, as a signed one such a word of positive sign.
+    """
+    if info.dtype not in _INFINITIES:
         return
-    word, mask = _EXPONENTS[info.dtype]
-    words = np.frombuffer(data, word, len(data) // np.dtype(word).itemsize)
-    if ((words & mask) == mask).any():
+    width, positive = _INFINITIES[info.dtype]
+    words = np.frombuffer(data, f"<i{width}")
+    negative = positive | 1 << 8 * width - 1
+    if words.max(initial=0) >= positive or words.view(f"<u{width}").max(initial=0) >= negative:
         raise CheckpointError(
             "base-nan",
             f"base tensor {info.name} holds NaN or infinity",
@@ -192,19 +206,12 @@ def _require_finite(info: TensorInfo, data: bytes) -> None:
         )
 
 
-def _write_at(handle: int, data: memoryview, to: int) -> int:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done:], to + done)
-    return done
-
-
 def _bytes(array: NDArray[np.generic]) -> memoryview:
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _write_index(shards: list[_Shard], out: Path) -> None:
-    weight_map = {info.name: shard.file_name for shard in shards for info, _ in shard.places}
+    weight_map = {info.name: shard.file_name for shard in shards for info in shard.infos}
     total = sum(shard.data_bytes for shard in shards)
     _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 

@@ -153,7 +153,7 @@ def test_full_disk_reaches_the_caller(made: tuple[Path, Path], tmp_path: Path, m
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="no space") as error:
         write_checkpoint(view_of(made), tmp_path, SILENT)
     assert error.value.errno == errno.ENOSPC

@@ -122,6 +122,33 @@ def test_true_merges_pass(tmp_path: Path, arch: str, dtype: str, settings: Any) 
         assert proof.kl_mean < 3 * proof.floor_kl
 
 
+def test_a_base_that_is_stored_in_4_bits(tmp_path: Path) -> None:
+    """Live and merged both compute with the dequantized weights: transformers packs them, bitsandbytes quantizes."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    case = Case(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    packed = AutoModelForCausalLM.from_pretrained(case.base, quantization_config=settings, dtype=torch.bfloat16)
+    weights = case.base / "model.safetensors"
+    plain = weights.read_bytes()
+    packed.save_pretrained(case.base)
+    assert len(weights.read_bytes()) < 0.8 * len(plain)
+    case.view = merge(open_checkpoint(str(case.base)), (read_adapter(str(case.adapter)),))
+    proof = case.prove()
+    assert 0 < proof.math_kl < 1e-10 and proof.adapter_kl > 0.01
+    # The reference is bitsandbytes' own dequantization, with PEFT's adapter on it.
+    from peft import PeftModel
+
+    live = PeftModel.from_pretrained(packed.dequantize(torch.float32).float(), str(case.adapter)).eval()
+    sample = case.texts.calibration[0]
+    with torch.inference_mode():
+        expected = live(torch.tensor([sample.ids])).logits[0, list(sample.positions)].numpy()
+    session = case.live("float32")
+    found = next(session.logits([sample.ids], [sample.positions]))
+    assert np.abs(found - expected).max() < 1e-3
+
+
 def test_the_figures_are_those_of_the_models(case: Case) -> None:
     """math_kl, adapter_kl and rounding_kl again, from PEFT and PyTorch alone."""
     from peft import PeftModel

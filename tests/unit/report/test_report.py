@@ -317,19 +317,38 @@ def test_verbs_on_the_terminal() -> None:
     print_plan(
         {
             "inputs": {**report["inputs"], "data": None},
+            "adapters": [{"name": "clinic", "kind": "LoRA", "rank": 8, "tensors": 96}],
             "machine": {"cores": 2, "ram_bytes": 8_000_000_000, "disk_bytes": 10**10, "cuda": None},
             "threads": 2,
             "device": "cpu",
-            "baseline_seconds": 90.0,
-            "targets": {
-                "gguf/q4_k_m": {"ram_bytes": 10**9, "disk_bytes": 10**9, "seconds": 60.0, "notes": ["imatrix"]}
-            },
+            "stages": [
+                {
+                    "stage": "prove",
+                    "target": None,
+                    "ram_bytes": 10**10,
+                    "disk_bytes": 0,
+                    "seconds": 90.0,
+                    "note": "",
+                    "fits": False,
+                },
+                {
+                    "stage": "lower",
+                    "target": "gguf/q4_k_m",
+                    "ram_bytes": 10**9,
+                    "disk_bytes": 10**9,
+                    "seconds": 60.0,
+                    "note": "imatrix",
+                    "fits": True,
+                },
+            ],
+            "refused": {"build": [{"what": "too [large]", "code": "memory"}], "targets": {}},
         },
         console,
     )
     text = console.export_text()
     assert "[bold]before" in text and "2.31" in text and "Gain kept: 97.1" in text and "used again" in text
-    assert "imatrix" in text and "1 min 30 s" in text
+    assert "imatrix" in text and "1 min 30 s" in text and "more than is free" in text
+    assert "clinic: LoRA of rank 8, 96 tensors" in text and "too [large] (memory)" in text
 
 
 def _height(shape: ET.Element) -> float:

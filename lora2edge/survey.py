@@ -1,0 +1,287 @@
+"""What can be told of a build from headers alone: what it would do and need, and everything that would refuse it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora2edge.adapters import Adapter, MergedCheckpoint, merge, read_adapter
+from lora2edge.backends.base import load_backend
+from lora2edge.bench.machine import available
+from lora2edge.bench.scenario import load_scenario
+from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
+from lora2edge.contracts import Estimate, Machine
+from lora2edge.errors import (
+    CheckpointError,
+    InputError,
+    MissingExtraError,
+    OutputError,
+    Refusals,
+    TargetError,
+    UnsupportedError,
+)
+from lora2edge.forecast import (
+    StageForecast,
+    find_coverage,
+    find_delta,
+    forecast_stages,
+    match_base,
+    operations_per_second,
+    proof_bytes,
+)
+from lora2edge.output import check_out
+from lora2edge.recipe import Recipe
+from lora2edge.target import Target, load_target
+from lora2edge.texts import read_items
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """All that can be told of a build before it runs, whether or not it is refused. Known from headers alone."""
+
+    recipe: Recipe
+    targets: tuple[Target, ...]
+    machine: Machine
+    base: StoredCheckpoint | None = None
+    """None, as the next two, where it could not be opened."""
+    adapters: tuple[Adapter, ...] = ()
+    merged: MergedCheckpoint | None = None
+    """None also where the adapter does not fit the base."""
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    """By the names of the targets that can be lowered."""
+    errors: tuple[InputError, ...] = ()
+    """What refuses the whole build."""
+    refused: Mapping[str, tuple[InputError, ...]] = field(default_factory=dict)
+    """Target name → what refuses it."""
+    rate: float = 0.0
+    """float32 operations per second."""
+
+    @property
+    def refusals(self) -> list[InputError]:
+        """Everything that refuses the build, each told once: targets share some."""
+        told = {str(error): error for error in self.errors}
+        for errors in self.refused.values():
+            told.update({str(error): error for error in errors if str(error) not in told})
+        return list(told.values())
+
+    @property
+    def stages(self) -> list[StageForecast]:
+        """What each stage will need; empty where there is no merged view."""
+        if self.merged is None:
+            return []
+        code = own_code(self.merged.config)
+        return forecast_stages(self.merged, self.targets, self.estimates, self.recipe, self.rate, code)
+
+    @property
+    def device(self) -> str:
+        if self.recipe.device != "auto":
+            return self.recipe.device
+        return "cuda" if self.machine.cuda else "cpu"
+
+    @property
+    def threads(self) -> int:
+        return self.recipe.threads or self.machine.cores
+
+    def describe_adapters(self) -> list[dict[str, Any]]:
+        """Kind, rank, reach, size and fit of each adapter, JSON-ready; what needs the merged view, where there is one.
+
+        Reads headers, and the tokenizer's ids.
+        """
+        described = []
+        for adapter in self.adapters:
+            facts = adapter.describe()
+            if self.merged is not None:
+                facts["coverage"] = asdict(find_coverage(self.merged.base, adapter, self.merged.adapted))
+                facts["delta"] = asdict(find_delta(self.merged, adapter))
+                facts["match"] = match_base(self.merged, adapter, self.recipe.base)
+            described.append(facts)
+        return described
+
+
+def survey_build(
+    recipe: Recipe,
+    targets: Sequence[Target] | None = None,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    machine: Machine | None = None,
+) -> Survey:
+    """The same checks, with the refusals beside what could be found out. Reads headers only; raises nothing for them.
+
+    `machine`: what to plan for; None: this one.
+    """
+    errors: list[InputError] = []
+    if targets is None:
+        loaded = [_try(errors, partial(load_target, name)) for name in recipe.targets]
+        targets = [target for target in loaded if target]
+    _check_names(targets, errors)
+    for target in targets:
+        for name in target.scenarios:
+            _try(errors, partial(load_scenario, name))
+    if out is not None:
+        _try(errors, partial(check_out, out, force=force))
+    for path in _data_files(recipe):
+        _try(errors, partial(read_items, path))
+    if recipe.data is not None:
+        _try(errors, _check_torch)
+    machine = machine or available(out or Path.cwd())
+    adapter = _try(errors, partial(read_adapter, recipe.adapter)) if recipe.adapter else None
+    base = None
+    if recipe.base or adapter or not recipe.adapter:  # an adapter that cannot be read names no base
+        base = _try(errors, partial(_open_base, recipe.base, adapter))
+    adapters = (adapter,) if adapter else ()
+    merged = None
+    if base is not None and (adapter or not recipe.adapter):
+        merged = _try(errors, partial(merge, base, adapters))
+    survey = Survey(recipe, tuple(targets), machine, base, adapters, merged, errors=tuple(errors))
+    return survey if merged is None else _survey_targets(survey, merged, out)
+
+
+def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) -> Survey:
+    """What the backends and the machine say to it."""
+    errors, estimates, refused = list(survey.errors), {}, {}
+    for target in survey.targets:
+        own: list[InputError] = []
+        estimate = _try(own, partial(load_backend(target.backend).check, merged, target, survey.machine))
+        if estimate:
+            estimates[target.name] = estimate
+        else:
+            refused[target.name] = tuple(own)
+    if survey.recipe.data is not None:
+        _try(errors, partial(check_code, merged.config))
+        _check_memory(merged, survey.machine, errors)
+    _check_disk(estimates, survey.machine, out, errors)
+    rate = operations_per_second(survey.machine)
+    return replace(survey, estimates=estimates, errors=tuple(errors), refused=refused, rate=rate)
+
+
+def check_code(config: Mapping[str, Any]) -> None:
+    """Refuses to run a model that comes with code of its own, and that transformers does not know.
+
+    Merging and lowering go by names and shapes and need none of it.
+    """
+    if code := own_code(config):
+        raise UnsupportedError(
+            "custom-code",
+            f"the base is run by code of its own, {code}",
+            why="merge proof, importance matrix and quality would have to run it: that needs --trust-remote-code, "
+            "which this version does not have",
+            hint="`lora2edge merge` and `lora2edge lower` without --data go by the tensors' names and run no code",
+        )
+
+
+def own_code(config: Mapping[str, Any]) -> str | None:
+    """The class in the checkpoint's own code that runs the model; None where transformers has one for it."""
+    code = config.get("auto_map")
+    kind = str(config.get("model_type"))
+    if not isinstance(code, Mapping) or _is_known(kind):
+        return None
+    return next((str(value) for key, value in code.items() if key.startswith("AutoModel")), kind)
+
+
+def _is_known(kind: str) -> bool:
+    """Whether the installed transformers has a model of this type; looked up without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    places = spec.submodule_search_locations if spec else None
+    return any((Path(place) / "models" / kind).is_dir() for place in places or ())
+
+
+def _open_base(name: str | None, adapter: Adapter | None) -> StoredCheckpoint:
+    """The base that was asked for, or the one that the adapter names, at the revision that it names."""
+    if name is not None:
+        return open_checkpoint(name)
+    named = adapter.base_model_name_or_path if adapter else None
+    if adapter is None or named is None:
+        raise InputError(
+            "no-base",
+            "there is no base checkpoint",
+            why="neither --base nor the adapter names one",
+            hint="--base FOLDER",
+        )
+    revision = f"@{adapter.revision}" if adapter.revision and not Path(named).is_dir() else ""
+    try:
+        return open_checkpoint(named + revision)
+    except CheckpointError as error:
+        if error.code != "no-checkpoint":
+            raise
+        raise CheckpointError(
+            error.code,
+            f"the base that the adapter names is not there: {named}{revision}",
+            why=error.why,
+            hint="say where it is: --base FOLDER",
+        ) from error
+
+
+def _try(errors: list[InputError], action: Callable[[], T]) -> T | None:
+    """The action's result; None when it refuses, and the refusal is kept (once: targets share their refusals)."""
+    try:
+        return action()
+    except InputError as error:
+        found = error.errors if isinstance(error, Refusals) else (error,)
+    known = {str(error) for error in errors}
+    errors.extend(error for error in found if str(error) not in known)
+    return None
+
+
+def _check_names(targets: Sequence[Target], errors: list[InputError]) -> None:
+    seen: set[str] = set()
+    for target in targets:
+        if target.folder in seen:
+            errors.append(
+                TargetError("target-twice", f"two targets are named {target.name}", why="the name is the report's key",
+                            hint="give the target file another `name:`")
+            )  # fmt: skip
+        seen.add(target.folder)
+
+
+def _data_files(recipe: Recipe) -> list[Path]:
+    if recipe.data is None:
+        return []
+    if isinstance(recipe.data, str):
+        return [Path(recipe.data)]
+    return [Path(recipe.data.calibration), Path(recipe.data.test)]
+
+
+def _check_torch() -> None:
+    missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            "missing-extra",
+            f"{', '.join(missing)} is not installed",
+            why="the baseline, the merge proof and the importance matrix run in PyTorch",
+            hint="pip install 'lora2edge[torch]'",
+        )
+
+
+def _check_memory(merged: MergedCheckpoint, machine: Machine, errors: list[InputError]) -> None:
+    """The proof holds one model in float32 at a time, and the record of the other's hidden states."""
+    needed = proof_bytes(merged)
+    if needed > machine.ram_bytes:
+        errors.append(
+            InputError(
+                "memory",
+                f"the merge proof needs {needed / 1e9:.1f} GB of memory, {machine.ram_bytes / 1e9:.1f} GB are free",
+                why="it runs the model in float32",
+                hint="use a larger machine, or `lora2edge merge` and `lora2edge lower` without --data, which stream",
+            )
+        )
+
+
+def _check_disk(estimates: dict[str, Estimate], machine: Machine, out: Path | None, errors: list[InputError]) -> None:
+    needed = sum(estimate.disk_bytes for estimate in estimates.values())
+    if needed > machine.disk_bytes:
+        errors.append(
+            OutputError(
+                "disk-full",
+                f"the artifacts need {needed / 1e6:,.1f} MB, {machine.disk_bytes / 1e6:,.1f} MB are free at "
+                f"{out or Path.cwd()}",
+                why="an artifact is written whole or not at all",
+                hint="free space, or choose another disk with --out",
+            )
+        )
