@@ -86,6 +86,7 @@ def write_manifest(
         versions=dict(lowered["versions"]),
         files={name: known.get(name) or sha256_file(path) for name, path in files.items()},
         notes=dict(lowered["notes"]),
+        account=view.account(),
     )
     write_atomic(folder / MANIFEST, manifest.to_json())
 

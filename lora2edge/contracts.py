@@ -222,6 +222,8 @@ class Manifest:
     """File name → sha256."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the lowering that are not figures: tensor types, tokenizer differences by class, …"""
+    account: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    """What became of every tensor of base and adapter (`MergedCheckpoint.account`)."""
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, two spaces, a final newline."""

@@ -151,11 +151,11 @@ def _check_outline(outline: Mapping[str, Any]) -> int:
     _check_types(model, "its model", list, "merges")
     for key, inner in _STEPS.items():
         _check_step(outline.get(key), key, inner)
-    added = outline.get("added_tokens")
-    if added is not None and not isinstance(added, list):
+    added = outline.get("added_tokens", [])
+    if not isinstance(added, list):
         raise ValueError("added_tokens is no list")
     largest = -1
-    for item in added or []:
+    for item in added:
         if not isinstance(item, dict) or not isinstance(item.get("content"), str):
             raise ValueError("an added token has no text as its content")
         if type(item.get("id")) is not int or not 0 <= item["id"] <= _MOST_ID:
@@ -180,14 +180,14 @@ def _check_step(step: Any, what: str, inner: str) -> None:
     if not isinstance(step, dict) or not isinstance(step.get("type"), str):
         raise ValueError(f"its {what} is no object with a type")
     _check_types(step, f"its {what}", list, inner, "single")
-    for part in step.get(inner) or []:
+    for part in step.get(inner, []):
         if part is None:
             raise ValueError(f"its {what} has an empty step")
         _check_step(part, what, inner)
     pattern = step.get("pattern", {"String": ""})
     if not isinstance(pattern, dict) or [type(text) for text in pattern.values()] != [str]:
         raise ValueError(f"the pattern of its {what} is no text")
-    for part in step.get("single") or []:
+    for part in step.get("single", []):
         if not isinstance(part, dict) or not all(isinstance(value, dict) for value in part.values()):
             raise ValueError(f"the template of its {what} has a part that is no object")
 
@@ -195,5 +195,6 @@ def _check_step(step: Any, what: str, inner: str) -> None:
 def _check_types(holder: Mapping[str, Any], what: str, kind: type, *keys: str) -> None:
     for key in keys:
         value = holder.get(key)
-        if value is not None and not isinstance(value, kind):
+        # tokenizers takes null for a text or flag that is not set, never for a list.
+        if not isinstance(value, kind) and (value is not None or (kind is list and key in holder)):
             raise ValueError(f"{what} has the {key} {str(value)[:80]}, which is no {kind.__name__}")

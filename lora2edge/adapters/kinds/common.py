@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -116,11 +117,17 @@ def pattern_value(config: Mapping[str, Any], key: str, module: str, default: flo
         if key == "rank_pattern" and not (isinstance(value, int) and value > 0):
             raise malformed(key, patterns, "an object of positive whole numbers")
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if _compiled(pattern).match(module):
                 return float(value)
         except re.error as error:
             raise no_regex(key, pattern, error) from error
     return default
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Each pattern is tried on each module, which can be more than `re` itself remembers."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def integer(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds.common import COMMON_KEYS, whole
+from lora2edge.adapters.kinds.common import COMMON_KEYS, pattern_value, whole
 from lora2edge.adapters.parts import Part, Update
 from lora2edge.checkpoint import TensorReader
 from lora2edge.errors import AdapterError
@@ -401,8 +401,8 @@ def _check_magnitudes(config: Mapping[str, Any], modules: set[str], magnitudes: 
 
 def _scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Rank and scale of a module."""
-    rank = _pattern_value(config, "rank_pattern", module, config["r"])
-    alpha = _pattern_value(config, "alpha_pattern", module, config["lora_alpha"])
+    rank = int(pattern_value(config, "rank_pattern", module, config["r"]))
+    alpha = pattern_value(config, "alpha_pattern", module, config["lora_alpha"])
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -422,19 +422,6 @@ def _token_rows(config: Mapping[str, Any], reader: TensorReader, module: str, na
             hint="restore the adapter_config.json that was saved with these weights",
         )
     return TokenRows(module, reader, name, tuple(ids))
-
-
-def _pattern_value(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the whole path, or its end after a dot, as a regex."""
-    for pattern, value in (config.get(key) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise AdapterError(
-                "bad-adapter-config", f"{key} has a key that is no regular expression", why=f"{pattern!r}: {error}"
-            ) from error
-    return default
 
 
 def _wanted(part: AddedBias | TokenRows, has: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
