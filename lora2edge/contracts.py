@@ -70,6 +70,16 @@ class CheckpointRef:
     requantized: Mapping[str, Any] | None = None
     """Settings of bitsandbytes where the base's weights are those that 4-bit training on it saw."""
 
+    @staticmethod
+    def of(base: Path | str, *adapters: Path | str) -> CheckpointRef:
+        """A base folder and adapter folders."""
+        return CheckpointRef(str(base), tuple(AdapterRef(str(adapter)) for adapter in adapters))
+
+    @property
+    def alone(self) -> CheckpointRef:
+        """The same base without adapters."""
+        return CheckpointRef(self.base, requantized=self.requantized)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -129,6 +139,21 @@ class Checkpoint(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Base(Checkpoint, Protocol):
+    """A checkpoint that adapters can be merged into: one that lies in a folder, and says what its files hold."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the cache keys on, JSON-ready: hashes of small files; header, size, mtime and inode of large ones."""
+        ...
+
+    def file_hashes(self) -> dict[str, str]:
+        """File name → sha256 of every file that is used, weights included."""
+        ...
 
 
 # ---------------------------------------------------------------- text

@@ -12,8 +12,8 @@ from typing import Any
 
 from lora2edge.adapters import Adapter, MergedCheckpoint
 from lora2edge.bench.scenario import load_scenario
-from lora2edge.checkpoint import FLOAT_DTYPES, StoredCheckpoint, embedding_name, head_name, vocabulary_size
-from lora2edge.contracts import Checkpoint, Estimate, Machine, TensorInfo
+from lora2edge.checkpoint import FLOAT_DTYPES, embedding_name, head_name, vocabulary_size
+from lora2edge.contracts import Base, Checkpoint, Estimate, Machine, TensorInfo
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target
 
@@ -154,7 +154,7 @@ def operations_per_second(machine: Machine) -> float:
     return 2 * 768**3 / best
 
 
-def find_coverage(base: StoredCheckpoint, adapter: Adapter, changed: frozenset[str]) -> Coverage:
+def find_coverage(base: Base, adapter: Adapter, changed: frozenset[str]) -> Coverage:
     """The adapter's reach. `changed`: names of the tensors that it changes in the base."""
     modules = {part.module for part in adapter.parts.values()}
     saved = {path.rpartition(".")[0] for path in adapter.saved}

@@ -72,7 +72,7 @@ class Pipeline:
 
         def measure(folder: Path) -> dict[str, Any]:
             proof = verify_merge(
-                lambda dtype: open_baseline(plan.base_path, plan.adapter_path, dtype=dtype, **session),
+                lambda dtype: open_baseline(plan.merged.ref, dtype=dtype, **session),
                 lambda dtype, rounded: open_merged(plan.merged, dtype=dtype, rounded=rounded, **session),
                 samples,
                 dtype=plan.dtype,
@@ -109,8 +109,8 @@ class Pipeline:
 
         def measure(folder: Path) -> dict[str, Any]:
             return record_reference(
-                open_baseline(plan.base_path, plan.adapter_path, dtype=dtype, **session),
-                lambda: open_baseline(plan.base_path, None, dtype=dtype, **session),
+                open_baseline(plan.baseline, dtype=dtype, **session),
+                lambda: open_baseline(plan.baseline.alone, dtype=dtype, **session),
                 samples,
                 folder,
                 seed=plan.recipe.seed,
@@ -206,7 +206,7 @@ class Pipeline:
             "max_length": context_needed(scenario, requests),
         }
         sides: dict[str, dict[str, Any]] = {
-            "baseline": {"base": plan.base_path, "adapter": plan.adapter_path, "dtype": dtype},
+            "baseline": {"checkpoint": plan.baseline.to_json(), "dtype": dtype},
             "artifact": {"artifact": str(artifact), "target": target.model_dump(mode="json")},
         }
         with tempfile.TemporaryDirectory(prefix="lora2edge-") as folder:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora2edge.adapters import Adapter, MergedCheckpoint
 from lora2edge.checkpoint import StoredCheckpoint
-from lora2edge.contracts import Machine
+from lora2edge.contracts import CheckpointRef, Machine
 from lora2edge.errors import refuse
 from lora2edge.forecast import stored_bytes, stored_dtype
 from lora2edge.recipe import Recipe
@@ -43,14 +43,9 @@ class Plan:
             adapter.check_finite()
 
     @property
-    def base_path(self) -> str:
-        """The base's folder."""
-        return self.merged.ref.base
-
-    @property
-    def adapter_path(self) -> str | None:
-        """The adapter's folder; None where the base is built alone."""
-        return self.merged.ref.adapters[0].path if self.merged.ref.adapters else None
+    def baseline(self) -> CheckpointRef:
+        """The live model that everything is measured against."""
+        return self.merged.ref
 
     @property
     def model_key(self) -> dict[str, Any]:

@@ -216,8 +216,7 @@ def _session(request: Mapping[str, Any]) -> NoReturn:
             from lora2edge.backends.hf import open_baseline
 
             return open_baseline(
-                request["base"],
-                request["adapter"],
+                CheckpointRef.from_json(request["checkpoint"]),
                 dtype=request["dtype"],
                 device=request["device"],
                 threads=request["threads"],

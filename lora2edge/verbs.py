@@ -31,7 +31,7 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
         raise InputError("no-data", "--prove needs text", why="it compares on it", hint="--prove --data FILE.jsonl")
     plan = plan_build(recipe, [load_target("hf/merged")], out=out, force=True)
     plan.check_adapters()
-    check_replaceable(out, [Path(plan.base_path), *(adapter.path for adapter in plan.adapters)], force=force)
+    check_replaceable(out, [plan.base.path, *(adapter.path for adapter in plan.adapters)], force=force)
     result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors)}
     if prove:
         result["merge"] = Pipeline(plan, Cache(), progress).prove(load_calibration_texts(plan)).result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +19,14 @@ from lora2edge.adapters.parts import Part, Update
 from lora2edge.adapters.places import Change, place_adapter
 from lora2edge.adapters.read import Adapter, read_adapter
 from lora2edge.checkpoint import (
-    StoredCheckpoint,
+    BnbSettings,
     check_vocabulary,
     embedding_name,
     merge_tokenizer_files,
     open_checkpoint,
+    requantized,
 )
-from lora2edge.contracts import Checkpoint, CheckpointRef, StoredBytes, Task, TensorInfo, TokenizerFiles
+from lora2edge.contracts import Base, Checkpoint, CheckpointRef, StoredBytes, Task, TensorInfo, TokenizerFiles
 from lora2edge.errors import AdapterError, CheckpointError, ProofError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _SLAB_ELEMENTS = 1 << 20
 class MergedCheckpoint:
     """Base and adapter as one checkpoint. Safe to read from several threads."""
 
-    def __init__(self, base: StoredCheckpoint, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, base: Base, adapters: Sequence[Adapter]) -> None:
         self.base = base
         self.adapters = tuple(adapters)
         self.checks: dict[str, float] = {}
@@ -78,7 +79,7 @@ class MergedCheckpoint:
 
     @property
     def ref(self) -> CheckpointRef:
-        return CheckpointRef(str(self.base.path), tuple(adapter.ref for adapter in self.adapters))
+        return replace(self.base.ref, adapters=tuple(adapter.ref for adapter in self.adapters))
 
     def rows(self, name: str, start: int, stop: int) -> FloatArray:
         """Contract's rows. Each adapted slab is checked against the formula by another route.
@@ -261,7 +262,7 @@ class _Whole:
         return self.values[start:stop].copy()
 
 
-def merge(base: StoredCheckpoint, adapters: Sequence[Adapter]) -> MergedCheckpoint:
+def merge(base: Base, adapters: Sequence[Adapter]) -> MergedCheckpoint:
     """The view of `base` with `adapters` merged. Reads no base weight, but for two copies of tied embeddings.
 
     Without adapters it passes the base through. Raises AdapterError or CheckpointError where the adapter does not
@@ -287,7 +288,13 @@ def open_view(ref: CheckpointRef) -> MergedCheckpoint:
                 why="a weighted adapter is another model than the one that was trained",
                 hint="leave the weight out",
             )
-    return merge(open_checkpoint(ref.base), [read_adapter(adapter.path) for adapter in ref.adapters])
+    return merge(open_base(ref), [read_adapter(adapter.path) for adapter in ref.adapters])
+
+
+def open_base(ref: CheckpointRef) -> Base:
+    """The base of `ref` alone, as its adapters were trained on it."""
+    base = open_checkpoint(ref.base)
+    return base if ref.requantized is None else requantized(base, BnbSettings.from_json(ref.requantized))
 
 
 def written_config(view: Checkpoint) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import numpy as np
 from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank, TokenRows
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter, is_saved
-from lora2edge.checkpoint import ExpertPlace, StoredCheckpoint, TensorReader, embedding_name, expert_place, head_name
-from lora2edge.contracts import TensorInfo
+from lora2edge.checkpoint import ExpertPlace, TensorReader, embedding_name, expert_place, head_name
+from lora2edge.contracts import Base, TensorInfo
 from lora2edge.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Placement:
     """What config.json must say from now on, beside what it said."""
 
 
-def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
+def place_adapter(base: Base, adapter: Adapter) -> Placement:
     """Finds the place of every part of `adapter` in `base`.
 
     Raises AdapterError where one has none, has another shape, or where PEFT itself is ambiguous.
@@ -122,7 +122,7 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     return _add_biases(base, adapter, biases, placement)
 
 
-def _resized(base: StoredCheckpoint, ends: _Ends, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def _resized(base: Base, ends: _Ends, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Rows of a vocabulary that was resized before training; None where it was not.
 
     Raises AdapterError where the adapter does not hold all rows of both ends: what PEFT fills in is random.
@@ -143,7 +143,7 @@ def _resized(base: StoredCheckpoint, ends: _Ends, shapes: Mapping[str, tuple[int
     )
 
 
-def _resize(base: StoredCheckpoint, ends: _Ends, placement: Placement, rows: int) -> Placement:
+def _resize(base: Base, ends: _Ends, placement: Placement, rows: int) -> Placement:
     """Gives both ends their new number of rows."""
     infos = {info.name: info for info in placement.added}
     for name in (ends.embedding, ends.head):
@@ -168,7 +168,7 @@ class _Ends:
         return self.embedding if name == self.head and not self.head_stored and self.embedding else name
 
 
-def _ends(base: StoredCheckpoint) -> _Ends:
+def _ends(base: Base) -> _Ends:
     """Tied as transformers 5 has it: two stored copies are tied only where config.json says so and they are equal."""
     embedding, head = embedding_name(base.tensors), head_name(base.tensors)
     label = head or _HEAD_OF.get(str(base.config.get("model_type")), "lm_head.weight")
@@ -180,9 +180,7 @@ def _ends(base: StoredCheckpoint) -> _Ends:
     return _Ends(embedding, label, head_stored=True, tied=tied)
 
 
-def _fit_whole(
-    base: StoredCheckpoint, adapter: Adapter, ends: _Ends, path: str, tensor: str, misfits: list[str]
-) -> str | None:
+def _fit_whole(base: Base, adapter: Adapter, ends: _Ends, path: str, tensor: str, misfits: list[str]) -> str | None:
     """The view's name for `path`; None, and a line in `misfits`, where it does not fit."""
     name = _locate(base, ends, path)
     if name is None:
@@ -196,7 +194,7 @@ def _fit_whole(
 
 
 def _fit_part(
-    base: StoredCheckpoint,
+    base: Base,
     ends: _Ends,
     path: str,
     part: Part,
@@ -220,9 +218,7 @@ def _fit_part(
     return None
 
 
-def _fit_experts(
-    base: StoredCheckpoint, stack: ExpertStack, taken: Mapping[str, Part], misfits: list[str]
-) -> dict[str, Part]:
+def _fit_experts(base: Base, stack: ExpertStack, taken: Mapping[str, Part], misfits: list[str]) -> dict[str, Part]:
     """The stack's share of each expert's matrix, by the base's tensor names; {} and a misfit where it has no place."""
     members: dict[str, dict[str, ExpertPlace]] = {}
     for name in base.tensors:
@@ -245,9 +241,7 @@ def _fit_experts(
     return {}
 
 
-def _add_biases(
-    base: StoredCheckpoint, adapter: Adapter, biases: Mapping[str, Part], placement: Placement
-) -> Placement:
+def _add_biases(base: Base, adapter: Adapter, biases: Mapping[str, Part], placement: Placement) -> Placement:
     """Biases that the adapter adds and the base lacks: zeros beside them, where the architecture can hold them.
 
     Raises AdapterError where it cannot.
@@ -285,7 +279,7 @@ def _add_biases(
     return Placement(changes, tuple(added), config)
 
 
-def _check_saved(base: StoredCheckpoint, adapter: Adapter, ends: _Ends) -> None:
+def _check_saved(base: Base, adapter: Adapter, ends: _Ends) -> None:
     """PEFT passes over an entry that the model has no module for: for classifiers it lists two names of the head."""
     for entry in adapter.config.get("modules_to_save") or []:
         known = any(is_saved(path, [entry]) for path in (*base.tensors, ends.head))
@@ -308,7 +302,7 @@ def _share(adapter: Adapter, ends: _Ends, whole: dict[str, str]) -> None:
         whole.update(dict.fromkeys(both, given[0]))
 
 
-def _settle_tie(base: StoredCheckpoint, adapter: Adapter, ends: _Ends, changes: dict[str, Change]) -> Placement:
+def _settle_tie(base: Base, adapter: Adapter, ends: _Ends, changes: dict[str, Change]) -> Placement:
     """Unties embedding and head exactly where the live model computes with two different weights."""
     if not ends.tied or ends.embedding is None:
         said_tied = ends.head_stored and base.config.get("tie_word_embeddings") is True
@@ -349,7 +343,7 @@ def _same_change(one: Change | None, other: Change | None) -> bool:
     )
 
 
-def _locate(base: StoredCheckpoint, ends: _Ends, path: str) -> str | None:
+def _locate(base: Base, ends: _Ends, path: str) -> str | None:
     """The stored name of a parameter path: the same, the one that transformers loads into it, or with a prefix like
     `transformer.` left out or added: checkpoints of a bare model lack the one that the model with its head has."""
     if path in base.tensors or (ends.tied and path == ends.head):
@@ -365,14 +359,12 @@ def _locate(base: StoredCheckpoint, ends: _Ends, path: str) -> str | None:
     return longer[0] if len(longer) == 1 else None
 
 
-def _is_transposed(base: StoredCheckpoint, part: Part) -> bool:
+def _is_transposed(base: Base, part: Part) -> bool:
     conv1d = base.config.get("model_type") in _CONV1D_MODELS and part.module.endswith(_CONV1D_MODULES)
     return part.parameter == "weight" and (conv1d or (isinstance(part, LowRank) and part.embedding))
 
 
-def _equal(
-    one: StoredCheckpoint | TensorReader, name: str, other: StoredCheckpoint | TensorReader, other_name: str
-) -> bool:
+def _equal(one: Base | TensorReader, name: str, other: Base | TensorReader, other_name: str) -> bool:
     """Whether two tensors hold the same values, read slab by slab up to the first difference."""
     shape = one.tensors[name].shape
     if shape != other.tensors[other_name].shape:
@@ -389,7 +381,7 @@ def _all_rows(reader: TensorReader, name: str) -> FloatArray:
     return reader.rows(name, 0, reader.tensors[name].shape[0])
 
 
-def _check_task(base: StoredCheckpoint, adapter: Adapter) -> None:
+def _check_task(base: Base, adapter: Adapter) -> None:
     kind = adapter.config.get("task_type")
     if kind is None or _TASKS.get(kind) == base.task:
         return

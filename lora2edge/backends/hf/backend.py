@@ -17,6 +17,7 @@ from lora2edge.contracts import (
     BackendHealth,
     Calibration,
     Checkpoint,
+    CheckpointRef,
     Estimate,
     Lowered,
     Machine,
@@ -94,7 +95,7 @@ class HfBackend:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         return open_baseline(
-            path, None, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length
+            CheckpointRef.of(path), dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length
         )
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:

@@ -6,24 +6,26 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lora2edge.adapters import open_base
 from lora2edge.calibration.model import build_model, quiet, require, torch_errors
-from lora2edge.checkpoint import merge_tokenizer_files, open_checkpoint, read_json_file, tokenizer_files
-from lora2edge.contracts import TokenizerFiles
+from lora2edge.checkpoint import merge_tokenizer_files, read_json_file, tokenizer_files
+from lora2edge.contracts import CheckpointRef, TokenizerFiles
 from lora2edge.errors import AdapterError, CheckpointError
 
 
-def load_folder(base: Path, adapter: Path | None, *, dtype: str, device: str) -> Any:
+def load_live(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
     """The model in evaluation mode; a PeftModel where an adapter is live on it. Reads local safetensors only.
 
     A quantized base computes with its dequantized weights, as bitsandbytes does, and needs no kernels of its own.
     """
     require("torch", "transformers", "peft")
-    if read_json_file(base / "config.json", "bad-config").get("quantization_config"):
-        model = build_model(open_checkpoint(base), dtype=dtype, device=device, rounded=True)
+    stored = read_json_file(Path(ref.base) / "config.json", "bad-config")
+    if ref.requantized or stored.get("quantization_config"):
+        model = build_model(open_base(ref), dtype=dtype, device=device, rounded=True)
     else:
-        model = _load_plain(base, dtype)
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
+        model = _load_plain(Path(ref.base), dtype)
+    for adapter in ref.adapters:
+        model = _with_adapter(model, Path(adapter.path))
     return model.to(device).eval()
 
 
@@ -51,10 +53,12 @@ def _load_plain(base: Path, dtype: str) -> Any:
     return model
 
 
-def resolve_tokenizer(base: Path, adapter: Path | None) -> TokenizerFiles:
-    """The base's tokenizer files with the adapter's over them, as the merged view has them."""
-    files = TokenizerFiles(tokenizer_files(base))
-    return files if adapter is None else merge_tokenizer_files(files, adapter)
+def resolve_tokenizer(ref: CheckpointRef) -> TokenizerFiles:
+    """The base's tokenizer files with the adapters' over them, as the merged view has them."""
+    files = TokenizerFiles(tokenizer_files(Path(ref.base)))
+    for adapter in ref.adapters:
+        files = merge_tokenizer_files(files, Path(adapter.path))
+    return files
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

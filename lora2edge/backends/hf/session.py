@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2edge.backends.hf.batching import Batcher
-from lora2edge.backends.hf.load import load_folder, resolve_tokenizer
+from lora2edge.backends.hf.load import load_live, resolve_tokenizer
 from lora2edge.calibration.model import build_model
-from lora2edge.contracts import GREEDY, Checkpoint, Message, Sampling, SessionFacts, TokenizerFiles
+from lora2edge.contracts import GREEDY, Checkpoint, CheckpointRef, Message, Sampling, SessionFacts, TokenizerFiles
 from lora2edge.errors import DataError, UnsupportedError
 from lora2edge.texts import Renderer
 
@@ -23,8 +22,7 @@ back to the system after each layer (measured: 2048 takes 1.1 × the time in flo
 
 
 def open_baseline(
-    base: Path | str,
-    adapter: Path | str | None,
+    ref: CheckpointRef,
     *,
     dtype: str,
     device: str,
@@ -32,13 +30,13 @@ def open_baseline(
     slots: int,
     max_length: int,
 ) -> HfSession:
-    """The base folder, with the adapter live on it, read by transformers and PEFT themselves.
+    """The base folder, with the adapters live on it, read by transformers and PEFT themselves.
 
-    `adapter` None is the base alone, or any checkpoint folder. `dtype`: "float32", "bfloat16" or "float16".
+    Without adapters it is the base alone, or any checkpoint folder. `dtype`: "float32", "bfloat16" or "float16".
     Raises CheckpointError or AdapterError where the libraries cannot read the folders.
     """
-    model = load_folder(Path(base), Path(adapter) if adapter else None, dtype=dtype, device=device)
-    files = resolve_tokenizer(Path(base), Path(adapter) if adapter else None)
+    model = load_live(ref, dtype=dtype, device=device)
+    files = resolve_tokenizer(ref)
     return HfSession(model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length)
 
 

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from lora2edge.checkpoint.quantized.blocks import (
     scale_blocks,
 )
 from lora2edge.checkpoint.quantized.weight import refuse_conv1d, rounded
-from lora2edge.contracts import Checkpoint, CheckpointRef, StoredBytes, Task, TensorInfo, TokenizerFiles
+from lora2edge.contracts import Base, Checkpoint, CheckpointRef, StoredBytes, Task, TensorInfo, TokenizerFiles
 from lora2edge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -86,16 +86,7 @@ class BnbSettings:
         return BnbSettings(**{**data, "names": None if names is None else tuple(names)})
 
 
-class _Base(Checkpoint, Protocol):
-    """What StoredCheckpoint has beyond the contract."""
-
-    @property
-    def path(self) -> Path: ...
-    def fingerprint(self) -> dict[str, Any]: ...
-    def file_hashes(self) -> dict[str, str]: ...
-
-
-def requantized(view: _Base, settings: BnbSettings) -> RequantizedCheckpoint:
+def requantized(view: Base, settings: BnbSettings) -> RequantizedCheckpoint:
     """`view`, a plain checkpoint, with the weights that training on it with `load_in_4bit` saw. Reads no weight.
 
     Raises CheckpointError for names that are no matrices of the checkpoint, and where the names have to be given.
@@ -143,7 +134,7 @@ def linear_names(view: Checkpoint) -> list[str]:
 class RequantizedCheckpoint:
     """A plain checkpoint whose linear weights went through bitsandbytes' 4 bits and back."""
 
-    def __init__(self, base: _Base, settings: BnbSettings) -> None:
+    def __init__(self, base: Base, settings: BnbSettings) -> None:
         self.base = base
         self.settings = settings
         self._names = frozenset(settings.names or ())

@@ -18,7 +18,7 @@ from lora2edge.adapters import merge, read_adapter
 from lora2edge.backends.hf import HfBackend, HfSession, open_baseline, open_merged
 from lora2edge.calibration.model import build_model
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.contracts import Machine
+from lora2edge.contracts import CheckpointRef, Machine
 from lora2edge.errors import AdapterError, CheckpointError, DataError, Refusals
 from lora2edge.progress import SILENT
 from lora2edge.target import Target
@@ -41,7 +41,7 @@ def adapter(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def live(base: Path, adapter: Path) -> Iterator[HfSession]:
-    session = open_baseline(base, adapter, dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(base, adapter), dtype="float32", **RUN)
     yield session
     session.close()
 
@@ -113,7 +113,7 @@ def test_a_view_that_does_not_fit_the_model_is_refused(base: Path, tmp_path: Pat
             build_model(view, dtype="float32", device="cpu", rounded=False)
         assert caught.value.code == code
     with pytest.raises(CheckpointError, match="lacks 1 of"):
-        open_baseline(tmp_path / "drop", None, dtype="float32", **RUN)
+        open_baseline(CheckpointRef.of(tmp_path / "drop"), dtype="float32", **RUN)
 
 
 def test_a_head_of_its_own_under_a_config_that_says_tied(base: Path, tmp_path: Path) -> None:
@@ -159,7 +159,8 @@ def test_long_batches_are_split_and_put_back_in_order(live: HfSession, theirs: A
 def test_the_output_layer_as_a_matrix(tmp_path: Path, arch: str, targets: list[str]) -> None:
     """With Gemma's soft-capping, and with a live adapter on the output layer itself."""
     folder = make_checkpoint(tmp_path / "base", arch, tied=arch == "gemma2")
-    session = open_baseline(folder, make_adapter(tmp_path / "adapter", folder, targets=targets), dtype="float32", **RUN)
+    adapter = make_adapter(tmp_path / "adapter", folder, targets=targets)
+    session = open_baseline(CheckpointRef.of(folder, adapter), dtype="float32", **RUN)
     states = session.hidden(PROMPTS[:1], [range(4)])[0]
     head = session.head
     expected = next(session.logits(PROMPTS[:1], [range(4)]))
@@ -190,10 +191,10 @@ def test_an_adapter_that_came_with_new_tokens(base: Path, tmp_path: Path) -> Non
     again = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     again.resize_token_embeddings(rows)
     expected = direct(PeftModel.from_pretrained(again, str(tmp_path)).eval(), [5, rows - 1, 9])
-    session = open_baseline(base, tmp_path, dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(base, tmp_path), dtype="float32", **RUN)
     np.testing.assert_allclose(next(session.logits([[5, rows - 1, 9]], [range(3)])), expected, atol=2e-5)
     session.close()
-    plain = open_baseline(base, None, dtype="float32", **RUN)
+    plain = open_baseline(CheckpointRef.of(base), dtype="float32", **RUN)
     before = next(plain.logits([[5, 9]], [range(2)]))
     plain.grow_vocabulary(rows)
     assert plain.vocabulary == rows
@@ -205,9 +206,9 @@ def test_an_adapter_that_came_with_new_tokens(base: Path, tmp_path: Path) -> Non
 
 def test_folders_that_cannot_be_read(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
-        open_baseline(tmp_path, None, dtype="float32", **RUN)
+        open_baseline(CheckpointRef.of(tmp_path), dtype="float32", **RUN)
     with pytest.raises(AdapterError):
-        open_baseline(base, tmp_path, dtype="float32", **RUN)
+        open_baseline(CheckpointRef.of(base, tmp_path), dtype="float32", **RUN)
 
 
 def test_an_adapter_that_lacks_a_tensor(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_an_adapter_that_lacks_a_tensor(base: Path, adapter: Path, tmp_path: Pat
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     with pytest.raises(AdapterError, match="lacks tensors") as caught:
-        open_baseline(base, tmp_path, dtype="float32", **RUN)
+        open_baseline(CheckpointRef.of(base, tmp_path), dtype="float32", **RUN)
     assert "layers.0.self_attn.q_proj.lora_B" in caught.value.why
 
 
@@ -242,7 +243,7 @@ def test_greedy_answers_are_transformers_own(tmp_path: Path, arch: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     lengths = [3, 24, 9, 24, 1]
     expected = [greedy(model, ids, count) for ids, count in zip(PROMPTS, lengths, strict=True)]
-    session = open_baseline(folder, None, dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(folder), dtype="float32", **RUN)
     streams = [session.generate(ids, max_new=n, stop=[]) for ids, n in zip(PROMPTS, lengths, strict=True)]
     assert [list(stream) for stream in streams] == expected
     assert list(session.generate(PROMPTS[2], max_new=9, stop=[])) == expected[2]
@@ -282,7 +283,7 @@ def test_closing_an_answer_frees_its_slot(live: HfSession) -> None:
 
 
 def test_closing_the_session_ends_what_runs(base: Path) -> None:
-    session = open_baseline(base, None, dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(base), dtype="float32", **RUN)
     stream = session.generate(PROMPTS[0], max_new=190, stop=[])
     next(stream)
     session.close()

@@ -15,6 +15,7 @@ import torch
 from lora2edge.adapters import merge, read_adapter
 from lora2edge.backends.hf import HfSession, open_baseline, open_merged
 from lora2edge.checkpoint import open_checkpoint
+from lora2edge.contracts import CheckpointRef
 from lora2edge.errors import DataError, ProofError
 from lora2edge.progress import SILENT
 from lora2edge.quality import (
@@ -47,7 +48,7 @@ class Case:
         )
 
     def live(self, dtype: str) -> HfSession:
-        return open_baseline(self.base, self.adapter, dtype=dtype, **RUN)
+        return open_baseline(CheckpointRef.of(self.base, self.adapter), dtype=dtype, **RUN)
 
     def live_agreement(self, dtype: str) -> float:
         """Share of positions where PEFT's live model has the same first answer in float32 and in `dtype`."""
@@ -224,7 +225,7 @@ def recorded(case: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("reference")
     figures = record_reference(
         case.live("float32"),
-        lambda: open_baseline(case.base, None, dtype="float32", **RUN),
+        lambda: open_baseline(CheckpointRef.of(case.base), dtype="float32", **RUN),
         case.texts.test,
         folder,
         seed=0,
@@ -272,7 +273,7 @@ def test_quality_of_the_baseline_itself_and_of_another_model(case: Case, recorde
     assert same["ppl"] == pytest.approx(recorded[1]["ppl"], rel=1e-6)
     assert same["intervals"]["ppl_ratio"]["value"] == pytest.approx(1, abs=1e-6)
 
-    base = open_baseline(case.base, None, dtype="float32", **RUN)
+    base = open_baseline(CheckpointRef.of(case.base), dtype="float32", **RUN)
     lost = measure_quality(base, reference, seed=0, progress=SILENT)
     base.close()
     assert lost["nll"] == pytest.approx(recorded[1]["base"]["nll"], rel=1e-9)
