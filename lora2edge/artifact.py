@@ -68,10 +68,12 @@ def write_manifest(
     *,
     key: str,
     calibration: str | None,
+    merge_base: Mapping[str, Any] | None,
 ) -> None:
     """Hashes the files in `folder` and writes manifest.json beside them; a file's hash in the journal is taken.
 
-    `lowered` has the backend's `versions` and `notes`; `calibration` is the hash of the set that was used.
+    `lowered` has the backend's `versions` and `notes`; `calibration` is the hash of the set that was used,
+    `merge_base` what `MergeBases.record` says.
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     known = {name: mark.sha256 for name, mark in read_marks(folder).items() if mark.whole}
@@ -81,7 +83,11 @@ def write_manifest(
         backend=target.backend,
         task=view.task,
         key=key,
-        inputs={"model": view.file_hashes(), "calibration": calibration},
+        inputs={
+            "model": view.file_hashes(),
+            "calibration": calibration,
+            **({"merge_base": dict(merge_base)} if merge_base else {}),
+        },
         options=_portable(target),
         versions=dict(lowered["versions"]),
         files={name: known.get(name) or sha256_file(path) for name, path in files.items()},
@@ -92,7 +98,12 @@ def write_manifest(
 
 
 def lower_here(
-    view: MergedCheckpoint, target: Target, calibration: Calibration | None, out: Path, progress: Progress
+    view: MergedCheckpoint,
+    target: Target,
+    calibration: Calibration | None,
+    out: Path,
+    progress: Progress,
+    merge_base: Mapping[str, Any] | None = None,
 ) -> None:
     """Lowers into the folder `out` in this process; `out` appears whole or not at all.
 
@@ -104,7 +115,7 @@ def lower_here(
         with reading_ahead(view, progress) as paced:
             lowered = load_backend(target.backend).lower(view, target, calibration, folder, paced)
         facts = {"versions": lowered.versions, "notes": lowered.notes}
-        write_manifest(folder, view, target, facts, key="", calibration=None)
+        write_manifest(folder, view, target, facts, key="", calibration=None, merge_base=merge_base)
 
 
 @contextlib.contextmanager

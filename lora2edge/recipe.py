@@ -21,6 +21,24 @@ class DataFiles(BaseModel):
     test: str
 
 
+class QuantizedTraining(BaseModel):
+    """How a 16-bit base was quantized for training: transformers' BitsAndBytesConfig with load_in_4bit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_type: Literal["nf4", "fp4"]
+    """`bnb_4bit_quant_type`."""
+    double_quant: bool = False
+    """`bnb_4bit_use_double_quant`."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The `dtype` of from_pretrained; None: the one that the base is stored in. Not `bnb_4bit_compute_dtype`."""
+    blocksize: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
+    kernel: Literal["cuda", "cpu"] = "cuda"
+    """Where it was trained: the two round double-quantized scales differently."""
+    names: list[str] | None = None
+    """The weights that were quantized; None: of all linear layers but the output head."""
+
+
 class Recipe(BaseModel):
     """A build. Paths are absolute here, and relative to the recipe's folder in its file."""
 
@@ -30,6 +48,11 @@ class Recipe(BaseModel):
     """Checkpoint folder, or hub id with an optional `@revision`; None: the adapter's own base."""
     adapter: str | None = None
     """PEFT adapter folder or hub id; None: the base alone."""
+    trained_on: QuantizedTraining | str | None = None
+    """The quantized base that the adapter was trained on, where `base` is the original: "nf4", "nf4-double", "fp4",
+    "fp4-double", settings, or the folder or hub id of a saved one. "16bit": none, whatever its name says."""
+    merge_base: Literal["original", "dequantized", "measure"] | None = None
+    """Which base an adapter that was trained on a quantized one is merged into; None: measure where both are there."""
     targets: list[str] = Field(default_factory=list)
     data: DataFiles | str | None = None
     """One JSONL file (split by a hash of the prompt, 80 to 20), or two."""
@@ -45,7 +68,7 @@ class Recipe(BaseModel):
     """Of the bootstrap."""
 
 
-_PATH_FIELDS = ("base", "adapter", "out")
+_PATH_FIELDS = ("base", "adapter", "trained_on", "out")
 
 
 def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:

@@ -28,11 +28,13 @@ from lora2edge.forecast import (
     StageForecast,
     find_coverage,
     find_delta,
+    forecast_choice,
     forecast_stages,
     match_base,
     operations_per_second,
     proof_bytes,
 )
+from lora2edge.merge_base import MEASURE, MergeBases, find_bases
 from lora2edge.output import check_out
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target, load_target
@@ -51,8 +53,10 @@ class Survey:
     base: StoredCheckpoint | None = None
     """None, as the next two, where it could not be opened."""
     adapters: tuple[Adapter, ...] = ()
+    bases: MergeBases | None = None
+    """None also where it is not known what the adapter was trained on."""
     merged: MergedCheckpoint | None = None
-    """None also where the adapter does not fit the base."""
+    """On the first of `bases`; None also where the adapter does not fit it."""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     """By the names of the targets that can be lowered."""
     errors: tuple[InputError, ...] = ()
@@ -76,7 +80,10 @@ class Survey:
         if self.merged is None:
             return []
         code = own_code(self.merged.config)
-        return forecast_stages(self.merged, self.targets, self.estimates, self.recipe, self.rate, code)
+        stages = forecast_stages(self.merged, self.targets, self.estimates, self.recipe, self.rate, code)
+        if self.bases and self.bases.method == MEASURE:
+            stages.insert(1, forecast_choice(self.merged, len(self.bases.candidates), self.rate))
+        return stages
 
     @property
     def device(self) -> str:
@@ -136,10 +143,12 @@ def survey_build(
     if recipe.base or adapter or not recipe.adapter:  # an adapter that cannot be read names no base
         base = _try(errors, partial(_open_base, recipe.base, adapter))
     adapters = (adapter,) if adapter else ()
-    merged = None
+    bases = merged = None
     if base is not None and (adapter or not recipe.adapter):
-        merged = _try(errors, partial(merge, base, adapters))
-    survey = Survey(recipe, tuple(targets), machine, base, adapters, merged, errors=tuple(errors))
+        bases = _try(errors, partial(find_bases, recipe, base, adapters))
+    if bases is not None:
+        merged = _try(errors, partial(merge, next(iter(bases.candidates.values())), adapters))
+    survey = Survey(recipe, tuple(targets), machine, base, adapters, bases, merged, errors=tuple(errors))
     return survey if merged is None else _survey_targets(survey, merged, out)
 
 

@@ -58,6 +58,11 @@ class StoredCheckpoint:
         self._hashes: dict[str, str] | None = None
 
     @property
+    def quantized(self) -> bool:
+        """Whether the files hold quantized weights."""
+        return isinstance(self._reader, DequantizedReader)
+
+    @property
     def config(self) -> Mapping[str, Any]:
         return self._config
 

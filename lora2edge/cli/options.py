@@ -19,8 +19,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(function: F) -> F:
-    """--base and --adapter."""
+    """--base, --adapter, --trained-on and --merge-base."""
     for option in (
+        click.option(
+            "--merge-base",
+            type=click.Choice(["original", "dequantized", "measure"]),
+            help="Of an adapter trained on a quantized base. Default: measure both.",
+        ),
+        click.option(
+            "--trained-on",
+            metavar="NAME|DIR|ID",
+            help="Quantized base of the training, where --base is the original: nf4, nf4-double, fp4, fp4-double, "
+            "or a saved one.",
+        ),
         click.option("--adapter", metavar="DIR|ID[@REV]", help="PEFT adapter: a folder or a hub id."),
         click.option(
             "--base", metavar="DIR|ID[@REV]", help="Base checkpoint. Default: the one that the adapter names."
