@@ -19,14 +19,19 @@ def load_live(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
     A quantized base computes with its dequantized weights, as bitsandbytes does, and needs no kernels of its own.
     """
     require("torch", "transformers", "peft")
-    stored = read_json_file(Path(ref.base) / "config.json", "bad-config")
-    if ref.requantized or stored.get("quantization_config"):
+    if is_quantized(ref):
         model = build_model(open_base(ref), dtype=dtype, device=device, rounded=True)
     else:
         model = _load_plain(Path(ref.base), dtype)
     for adapter in ref.adapters:
         model = _with_adapter(model, Path(adapter.path))
     return model.to(device).eval()
+
+
+def is_quantized(ref: CheckpointRef) -> bool:
+    """Whether the base has quantized weights, which are dequantized when it is loaded."""
+    stored = read_json_file(Path(ref.base) / "config.json", "bad-config")
+    return ref.requantized is not None or bool(stored.get("quantization_config"))
 
 
 def _load_plain(base: Path, dtype: str) -> Any:

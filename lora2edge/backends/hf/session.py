@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora2edge.backends.hf.batching import Batcher
-from lora2edge.backends.hf.load import load_live, resolve_tokenizer
+from lora2edge.backends.hf.load import is_quantized, load_live, resolve_tokenizer
 from lora2edge.calibration.model import build_model
 from lora2edge.contracts import GREEDY, Checkpoint, CheckpointRef, Message, Sampling, SessionFacts, TokenizerFiles
 from lora2edge.errors import DataError, UnsupportedError
@@ -37,7 +38,10 @@ def open_baseline(
     """
     model = load_live(ref, dtype=dtype, device=device)
     files = resolve_tokenizer(ref)
-    return HfSession(model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length)
+    session = HfSession(model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length)
+    if is_quantized(ref):
+        session.facts = replace(session.facts, build=f"{session.facts.build}; quantized base, dequantized when loaded")
+    return session
 
 
 def open_merged(
