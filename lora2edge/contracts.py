@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -69,6 +69,8 @@ class CheckpointRef:
     adapters: tuple[AdapterRef, ...] = ()
     requantized: Mapping[str, Any] | None = None
     """Settings of bitsandbytes where the base's weights are those that 4-bit training on it saw."""
+    trust_remote_code: bool = False
+    """Whether the user allowed to run the code that the base comes with, in PyTorch."""
 
     @staticmethod
     def of(base: Path | str, *adapters: Path | str) -> CheckpointRef:
@@ -78,7 +80,7 @@ class CheckpointRef:
     @property
     def alone(self) -> CheckpointRef:
         """The same base without adapters."""
-        return CheckpointRef(self.base, requantized=self.requantized)
+        return replace(self, adapters=())
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,7 +88,7 @@ class CheckpointRef:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> CheckpointRef:
         adapters = tuple(AdapterRef(**item) for item in data["adapters"])
-        return CheckpointRef(data["base"], adapters, data.get("requantized"))
+        return CheckpointRef(**{**data, "adapters": adapters})
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +400,17 @@ class Backend(Protocol):
         """
         ...
 
-    def open(self, path: Path, target: Target, *, device: str, threads: int, slots: int, max_length: int) -> Session:
+    def open(
+        self,
+        path: Path,
+        target: Target,
+        *,
+        device: str,
+        threads: int,
+        slots: int,
+        max_length: int,
+        trust_remote_code: bool = False,
+    ) -> Session:
         """Opens the files that `lower` wrote."""
         ...
 

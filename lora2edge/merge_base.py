@@ -126,7 +126,7 @@ def _trained_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Ada
             why="LLM.int8() rounds activations too; of its weights only a saved base tells the exact values",
             hint="--trained-on FOLDER, a base that was saved with load_in_8bit=True",
         )
-    trained = open_checkpoint(said)
+    trained = open_checkpoint(said, trust_remote_code=recipe.trust_remote_code)
     if not trained.quantized:
         raise InputError(
             "trained-on",
@@ -146,7 +146,7 @@ def _named_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Adapt
             if Path(name).resolve() == base.path:
                 continue
             try:
-                named = open_checkpoint(name)
+                named = open_checkpoint(name, trust_remote_code=recipe.trust_remote_code)
             except InputError:
                 continue  # it is not asked for, and what is wrong with it is no matter of this build
             if named.quantized:

@@ -211,6 +211,7 @@ class Pipeline:
             "artifact": str(artifact),
             "reference": str(reference.path),
             "seed": self.plan.recipe.seed,
+            "trust_remote_code": self.plan.recipe.trust_remote_code,
             **session,
         }
         key = [self._identity(artifact), reference.key, session]
@@ -251,6 +252,7 @@ class Pipeline:
             "threads": plan.threads,
             "slots": scenario.slots,
             "max_length": context_needed(scenario, requests),
+            "trust_remote_code": plan.recipe.trust_remote_code,
         }
         sides: dict[str, dict[str, Any]] = {
             "baseline": {"checkpoint": plan.baseline.to_json(), "dtype": dtype},

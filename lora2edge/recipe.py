@@ -53,6 +53,8 @@ class Recipe(BaseModel):
     "fp4-double", settings, or the folder or hub id of a saved one. "16bit": none, whatever its name says."""
     merge_base: Literal["original", "dequantized", "measure"] | None = None
     """Which base an adapter that was trained on a quantized one is merged into; None: measure where both are there."""
+    trust_remote_code: bool = False
+    """Run the code that the base comes with, where transformers has no model of its kind."""
     targets: list[str] = Field(default_factory=list)
     data: DataFiles | str | None = None
     """One JSONL file (split by a hash of the prompt, 80 to 20), or two."""

@@ -198,6 +198,7 @@ def _measure(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         threads=request["threads"],
         slots=request["slots"],
         max_length=request["max_length"],
+        trust_remote_code=request["trust_remote_code"],
     )
     try:
         quality = measure_quality(session, reference, seed=request["seed"], progress=progress)
@@ -234,6 +235,7 @@ def _session(request: Mapping[str, Any]) -> NoReturn:
             threads=request["threads"],
             slots=request["slots"],
             max_length=request["max_length"],
+            trust_remote_code=request["trust_remote_code"],
         )
 
     serve_stdio(open_session)

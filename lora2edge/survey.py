@@ -141,7 +141,7 @@ def survey_build(
     adapter = _try(errors, partial(read_adapter, recipe.adapter)) if recipe.adapter else None
     base = None
     if recipe.base or adapter or not recipe.adapter:  # an adapter that cannot be read names no base
-        base = _try(errors, partial(_open_base, recipe.base, adapter))
+        base = _try(errors, partial(_open_base, recipe, adapter))
     adapters = (adapter,) if adapter else ()
     bases = merged = None
     if base is not None and (adapter or not recipe.adapter):
@@ -163,7 +163,8 @@ def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) 
         else:
             refused[target.name] = tuple(own)
     if survey.recipe.data is not None:
-        _try(errors, partial(check_code, merged.config))
+        if not survey.recipe.trust_remote_code:
+            _try(errors, partial(check_code, merged.config))
         _check_memory(merged, survey.machine, errors)
     _check_disk(estimates, survey.machine, out, errors)
     rate = operations_per_second(survey.machine)
@@ -179,9 +180,9 @@ def check_code(config: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             "custom-code",
             f"the base is run by code of its own, {code}",
-            why="merge proof, importance matrix and quality would have to run it: that needs --trust-remote-code, "
-            "which this version does not have",
-            hint="`lora2edge merge` and `lora2edge lower` without --data go by the tensors' names and run no code",
+            why="merge proof, importance matrix and quality would have to run it",
+            hint="--trust-remote-code, where you trust it; `lora2edge merge` and `lora2edge lower` without --data go "
+            "by the tensors' names and run no code",
         )
 
 
@@ -201,10 +202,10 @@ def _is_known(kind: str) -> bool:
     return any((Path(place) / "models" / kind).is_dir() for place in places or ())
 
 
-def _open_base(name: str | None, adapter: Adapter | None) -> StoredCheckpoint:
+def _open_base(recipe: Recipe, adapter: Adapter | None) -> StoredCheckpoint:
     """The base that was asked for, or the one that the adapter names, at the revision that it names."""
-    if name is not None:
-        return open_checkpoint(name)
+    if recipe.base is not None:
+        return open_checkpoint(recipe.base, trust_remote_code=recipe.trust_remote_code)
     named = adapter.base_model_name_or_path if adapter else None
     if adapter is None or named is None:
         raise InputError(
@@ -215,7 +216,7 @@ def _open_base(name: str | None, adapter: Adapter | None) -> StoredCheckpoint:
         )
     revision = f"@{adapter.revision}" if adapter.revision and not Path(named).is_dir() else ""
     try:
-        return open_checkpoint(named + revision)
+        return open_checkpoint(named + revision, trust_remote_code=recipe.trust_remote_code)
     except CheckpointError as error:
         if error.code != "no-checkpoint":
             raise

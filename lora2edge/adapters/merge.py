@@ -293,7 +293,7 @@ def open_view(ref: CheckpointRef) -> MergedCheckpoint:
 
 def open_base(ref: CheckpointRef) -> Base:
     """The base of `ref` alone, as its adapters were trained on it."""
-    base = open_checkpoint(ref.base)
+    base = open_checkpoint(ref.base, trust_remote_code=ref.trust_remote_code)
     return base if ref.requantized is None else requantized(base, BnbSettings.from_json(ref.requantized))
 
 

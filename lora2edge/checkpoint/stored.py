@@ -47,12 +47,19 @@ class StoredCheckpoint:
     """
 
     def __init__(
-        self, source: Source, config: dict[str, Any], task: Task, reader: TensorReader | DequantizedReader
+        self,
+        source: Source,
+        config: dict[str, Any],
+        task: Task,
+        reader: TensorReader | DequantizedReader,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         self.source = source
         self.path = source.folder
         self._config = config
         self._task = task
+        self._trust_remote_code = trust_remote_code
         self._reader = reader
         self._tokenizer = TokenizerFiles({**tokenizer_files(source.folder), **_code_files(source.folder, config)})
         self._hashes: dict[str, str] | None = None
@@ -80,7 +87,7 @@ class StoredCheckpoint:
 
     @property
     def ref(self) -> CheckpointRef:
-        return CheckpointRef(str(self.path))
+        return CheckpointRef(str(self.path), trust_remote_code=self._trust_remote_code)
 
     def rows(self, name: str, start: int, stop: int) -> FloatArray:
         return self._reader.rows(name, start, stop)
@@ -117,9 +124,10 @@ class StoredCheckpoint:
         return [*own, *self._tokenizer.files.values()]
 
 
-def open_checkpoint(where: str | Path) -> StoredCheckpoint:
-    """The checkpoint in the folder `where`, or of the hub id `org/name[@REV]`. Reads no weight.
+def open_checkpoint(where: str | Path, *, trust_remote_code: bool = False) -> StoredCheckpoint:
+    """The checkpoint in the folder `where`, or of the hub id `org/name[@REV]`. Reads no weight, runs no code.
 
+    `trust_remote_code`: whether its own code may be run, by whoever computes with it in PyTorch.
     Raises CheckpointError, or Refusals with all of them.
     """
     source = resolve_source(where)
@@ -134,7 +142,7 @@ def open_checkpoint(where: str | Path) -> StoredCheckpoint:
         plain, weights, quantization = _dequantized(config, reader)
         problems = [quantization, _no_tokenizer(folder, config), _vocabulary(folder, config, weights.tensors)]
         refuse([problem for problem in problems if problem])
-        checkpoint = StoredCheckpoint(source, plain, _task(config), weights)
+        checkpoint = StoredCheckpoint(source, plain, _task(config), weights, trust_remote_code=trust_remote_code)
         _check_head(checkpoint)
     except BaseException:
         reader.close()

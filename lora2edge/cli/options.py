@@ -19,8 +19,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(function: F) -> F:
-    """--base, --adapter, --trained-on and --merge-base."""
+    """--base, --adapter, --trained-on, --merge-base and --trust-remote-code."""
     for option in (
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            default=None,
+            help="Run the code that the base comes with, where transformers has no model of its kind.",
+        ),
         click.option(
             "--merge-base",
             type=click.Choice(["original", "dequantized", "measure"]),

@@ -90,12 +90,27 @@ class HfBackend:
         dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
         return Lowered(versions={"numpy": np.__version__}, notes={"dtypes": dtypes})
 
-    def open(self, path: Path, target: Target, *, device: str, threads: int, slots: int, max_length: int) -> Session:
+    def open(
+        self,
+        path: Path,
+        target: Target,
+        *,
+        device: str,
+        threads: int,
+        slots: int,
+        max_length: int,
+        trust_remote_code: bool = False,
+    ) -> Session:
         """The written folder in PyTorch, in its own dtype."""
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         return open_baseline(
-            CheckpointRef.of(path), dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length
+            CheckpointRef(str(path), trust_remote_code=trust_remote_code),
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            slots=slots,
+            max_length=max_length,
         )
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:

@@ -22,7 +22,7 @@ def load_live(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
     if is_quantized(ref):
         model = build_model(open_base(ref), dtype=dtype, device=device, rounded=True)
     else:
-        model = _load_plain(Path(ref.base), dtype)
+        model = _load_plain(Path(ref.base), dtype, trust_remote_code=ref.trust_remote_code)
     for adapter in ref.adapters:
         model = _with_adapter(model, Path(adapter.path))
     return model.to(device).eval()
@@ -34,7 +34,7 @@ def is_quantized(ref: CheckpointRef) -> bool:
     return ref.requantized is not None or bool(stored.get("quantization_config"))
 
 
-def _load_plain(base: Path, dtype: str) -> Any:
+def _load_plain(base: Path, dtype: str, *, trust_remote_code: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -43,7 +43,7 @@ def _load_plain(base: Path, dtype: str) -> Any:
             base,
             dtype=getattr(torch, dtype),
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
