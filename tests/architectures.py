@@ -114,7 +114,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "t5": Architecture(
         "T5ForConditionalGeneration", "T5Config",
         {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-        ("q", "k", "v", "o", "wi", "wo"), ("wo",), "shared", "lm_head", task="SEQ_2_SEQ_LM",
+        ("q", "k", "v", "o", "wi", "wo"), ("wo",), "embed_tokens", "lm_head", task="SEQ_2_SEQ_LM",
     ),
 }  # fmt: skip
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora2edge.adapters.ends import Change
 from lora2edge.adapters.kinds.lora import LowRank, PairUpdate
 from lora2edge.adapters.parts import Part, Update
-from lora2edge.adapters.places import Change, place_adapter
+from lora2edge.adapters.places import place_adapter
 from lora2edge.adapters.read import Adapter, read_adapter
 from lora2edge.checkpoint import (
     StoredCheckpoint,

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
-import numpy as np
-
-from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank, TokenRows
+from lora2edge.adapters.ends import (
+    Change,
+    Ends,
+    Placement,
+    WholeTensor,
+    check_called,
+    equal,
+    find_ends,
+    settle_tie,
+    share,
+)
+from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter, is_saved
-from lora2edge.checkpoint import ExpertPlace, StoredCheckpoint, TensorReader, embedding_name, expert_place, head_name
+from lora2edge.checkpoint import ExpertPlace, StoredCheckpoint, expert_place
 from lora2edge.contracts import TensorInfo
 from lora2edge.errors import AdapterError
 
-if TYPE_CHECKING:
-    from lora2edge.contracts import FloatArray
-
 _TASKS = {
     "CAUSAL_LM": "causal-lm",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
     "SEQ_CLS": "sequence-classification",
     "TOKEN_CLS": "token-classification",
 }
@@ -38,42 +44,6 @@ _BIAS_SWITCHES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gemma3_text": {"attention_bias": _ATTENTION},
 }
 """model_type → setting of config.json → the layers that have a bias when it is true (transformers' model classes)."""
-_UNTIED: Mapping[str, Any] = {"tie_word_embeddings": False}
-_HEAD_OF = {"gpt_neox": "embed_out.weight"}
-_COMPARED_AT_ONCE = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class WholeTensor:
-    """A tensor of the adapter that stands in for one of the base."""
-
-    reader: TensorReader
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """How one tensor of the view is made: `whole` or else the base's `source`, updated by the part."""
-
-    adapter: Adapter
-    source: str | None
-    """None: zeros, for a bias that the base does not have."""
-    whole: WholeTensor | None = None
-    part: Part | None = None
-    transposed: bool = False
-    """Whether the tensor is stored the other way round than PEFT's part has it: embeddings of LoRA, and Conv1D."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The adapter, seen from the base."""
-
-    changes: dict[str, Change]
-    """By the view's tensor names."""
-    added: tuple[TensorInfo, ...] = ()
-    """Tensors that the base's files lack, or have in another shape: an untied head, biases, resized embeddings."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json must say from now on, beside what it said."""
 
 
 def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
@@ -82,15 +52,15 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     Raises AdapterError where one has none, has another shape, or where PEFT itself is ambiguous.
     """
     _check_task(base, adapter)
-    ends = _ends(base)
+    ends = find_ends(base)
+    check_called(adapter, ends)
     _check_saved(base, adapter, ends)
     misfits: list[str] = []
     whole: dict[str, str] = {}
     for path, tensor in adapter.replaced.items():
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
-    if ends.tied:
-        _share(adapter, ends, whole)
+    share(adapter, ends, whole)
     for path, tensor in adapter.saved.items():
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
@@ -111,29 +81,29 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     for name in {**whole, **parts}:
         source = ends.source(name)
         stand_in = WholeTensor(adapter.reader, whole[name]) if name in whole else None
-        if stand_in and _equal(base, source, stand_in.reader, stand_in.name):
+        if stand_in and equal(base, source, stand_in.reader, stand_in.name):
             stand_in = None
         if stand_in or name in parts:
             transposed = name in parts and _is_transposed(base, parts[name])
             changes[name] = Change(adapter, source, stand_in, parts.get(name), transposed)
-    placement = _settle_tie(base, adapter, ends, changes)
+    placement = settle_tie(base, adapter, ends, changes)
     if vocabulary is not None:
         placement = _resize(base, ends, placement, vocabulary)
     return _add_biases(base, adapter, biases, placement)
 
 
-def _resized(base: StoredCheckpoint, ends: _Ends, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def _resized(base: StoredCheckpoint, ends: Ends, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Rows of a vocabulary that was resized before training; None where it was not.
 
     Raises AdapterError where the adapter does not hold all rows of both ends: what PEFT fills in is random.
     """
-    given = {name: shapes[name][0] for name in (ends.embedding, ends.head) if name and name in shapes}
+    given = {name: shapes[name][0] for name in ends.names if name in shapes}
     before = base.tensors[ends.embedding].shape[0] if ends.embedding else 0
     if not ends.embedding or not set(given.values()) - {before}:
         return None
-    wanted = {ends.embedding, ends.head} if ends.head_stored or ends.tied else {ends.embedding}
+    wanted = {ends.embedding} if ends.head in ends.unstored and not ends.tied else {ends.embedding, ends.head}
     rows = max(given.values())
-    if given == dict.fromkeys(wanted, rows):
+    if given == dict.fromkeys(wanted, rows) and ends.is_called:
         return rows
     raise AdapterError(
         "adapter-resized-vocabulary",
@@ -143,7 +113,7 @@ def _resized(base: StoredCheckpoint, ends: _Ends, shapes: Mapping[str, tuple[int
     )
 
 
-def _resize(base: StoredCheckpoint, ends: _Ends, placement: Placement, rows: int) -> Placement:
+def _resize(base: StoredCheckpoint, ends: Ends, placement: Placement, rows: int) -> Placement:
     """Gives both ends their new number of rows."""
     infos = {info.name: info for info in placement.added}
     for name in (ends.embedding, ends.head):
@@ -153,35 +123,8 @@ def _resize(base: StoredCheckpoint, ends: _Ends, placement: Placement, rows: int
     return Placement(placement.changes, tuple(infos.values()), {**placement.config, "vocab_size": rows})
 
 
-@dataclass(frozen=True, slots=True)
-class _Ends:
-    """The two ends of the model: token embedding and output head."""
-
-    embedding: str | None
-    head: str
-    """The head's own name, whether or not the files have it."""
-    head_stored: bool
-    tied: bool
-
-    def source(self, name: str) -> str:
-        """The stored tensor that `name` starts from."""
-        return self.embedding if name == self.head and not self.head_stored and self.embedding else name
-
-
-def _ends(base: StoredCheckpoint) -> _Ends:
-    """Tied as transformers 5 has it: two stored copies are tied only where config.json says so and they are equal."""
-    embedding, head = embedding_name(base.tensors), head_name(base.tensors)
-    label = head or _HEAD_OF.get(str(base.config.get("model_type")), "lm_head.weight")
-    if embedding is None or base.task != "causal-lm":
-        return _Ends(embedding, label, head is not None, tied=False)
-    if head is None:
-        return _Ends(embedding, label, head_stored=False, tied=True)
-    tied = base.config.get("tie_word_embeddings") is True and _equal(base, embedding, base, head)
-    return _Ends(embedding, label, head_stored=True, tied=tied)
-
-
 def _fit_whole(
-    base: StoredCheckpoint, adapter: Adapter, ends: _Ends, path: str, tensor: str, misfits: list[str]
+    base: StoredCheckpoint, adapter: Adapter, ends: Ends, path: str, tensor: str, misfits: list[str]
 ) -> str | None:
     """The view's name for `path`; None, and a line in `misfits`, where it does not fit."""
     name = _locate(base, ends, path)
@@ -189,7 +132,7 @@ def _fit_whole(
         misfits.append(f"the base has no {path}")
         return None
     has, wanted = adapter.reader.tensors[tensor].shape, base.tensors[ends.source(name)].shape
-    if has == wanted or (name in {ends.embedding, ends.head} and has[1:] == wanted[1:]):
+    if has == wanted or (name in ends.names and has[1:] == wanted[1:]):
         return name
     misfits.append(f"{path} is {list(has)} in the adapter, {list(wanted)} in the base")
     return None
@@ -197,7 +140,7 @@ def _fit_whole(
 
 def _fit_part(
     base: StoredCheckpoint,
-    ends: _Ends,
+    ends: Ends,
     path: str,
     part: Part,
     shapes: Mapping[str, tuple[int, ...]],
@@ -209,7 +152,7 @@ def _fit_part(
     optional = isinstance(part, AddedBias) or getattr(part, "optional", False)
     if name is None and optional and _locate(base, ends, f"{part.module}.weight"):
         return None
-    if name is None or (isinstance(part, LowRank) and embedding != (name == ends.embedding)):
+    if name is None or (isinstance(part, LowRank) and embedding != (name in ends.inputs)):
         misfits.append(f"the base has no {'embedding' if embedding else 'linear layer'} {part.module}")
         return None
     shape = shapes.get(name) or base.tensors[ends.source(name)].shape
@@ -285,7 +228,7 @@ def _add_biases(
     return Placement(changes, tuple(added), config)
 
 
-def _check_saved(base: StoredCheckpoint, adapter: Adapter, ends: _Ends) -> None:
+def _check_saved(base: StoredCheckpoint, adapter: Adapter, ends: Ends) -> None:
     """PEFT passes over an entry that the model has no module for: for classifiers it lists two names of the head."""
     for entry in adapter.config.get("modules_to_save") or []:
         known = any(is_saved(path, [entry]) for path in (*base.tensors, ends.head))
@@ -298,61 +241,10 @@ def _check_saved(base: StoredCheckpoint, adapter: Adapter, ends: _Ends) -> None:
             )
 
 
-def _share(adapter: Adapter, ends: _Ends, whole: dict[str, str]) -> None:
-    """A copy of the base's weight that PEFT saved along is loaded into the one tied weight, whichever end it names."""
-    both = [name for name in (ends.embedding, ends.head) if name]
-    given = [whole[name] for name in both if name in whole]
-    if len(given) == 2 and not _equal(adapter.reader, given[0], adapter.reader, given[1]):
-        raise _ambiguous("it holds two different weights for the one that embedding and head share")
-    if given:
-        whole.update(dict.fromkeys(both, given[0]))
-
-
-def _settle_tie(base: StoredCheckpoint, adapter: Adapter, ends: _Ends, changes: dict[str, Change]) -> Placement:
-    """Unties embedding and head exactly where the live model computes with two different weights."""
-    if not ends.tied or ends.embedding is None:
-        said_tied = ends.head_stored and base.config.get("tie_word_embeddings") is True
-        return Placement(changes, config=_UNTIED if said_tied and base.task == "causal-lm" else {})
-    embedding, head = changes.get(ends.embedding), changes.get(ends.head)
-    if embedding and isinstance(embedding.part, TokenRows) and (head is None or head.part is embedding.part):
-        head = embedding  # PEFT trains the rows of the one weight, for both ends
-    if _same_change(embedding, head):
-        changes.pop(ends.head, None)
-        if embedding and ends.head_stored:
-            changes[ends.head] = replace(embedding, source=ends.head)
-        return Placement(changes)
-    if adapter.config.get("ensure_weight_tying"):
-        raise _ambiguous("ensure_weight_tying is set, and it changes embedding and head differently")
-    if ends.head_stored:
-        return Placement(changes, config=_UNTIED)
-    changes.setdefault(ends.head, Change(adapter, ends.embedding))
-    return Placement(changes, (replace(base.tensors[ends.embedding], name=ends.head),), _UNTIED)
-
-
-def _same_change(one: Change | None, other: Change | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    reader = one.adapter.reader
-    if one.whole is None or other.whole is None:
-        if one.whole is not other.whole:
-            return False
-    elif not _equal(reader, one.whole.name, reader, other.whole.name):
-        return False
-    mine, theirs = one.part, other.part
-    if isinstance(mine, TokenRows) and isinstance(theirs, TokenRows):
-        return mine.indices == theirs.indices and _equal(reader, mine.tensor, reader, theirs.tensor)
-    if not isinstance(mine, LowRank) or not isinstance(theirs, LowRank):
-        return mine is theirs
-    return (mine.rank, mine.scale, mine.magnitude) == (theirs.rank, theirs.scale, theirs.magnitude) and all(
-        np.array_equal(_all_rows(reader, a), _all_rows(reader, b).T)
-        for a, b in ((mine.a, theirs.b), (mine.b, theirs.a))
-    )
-
-
-def _locate(base: StoredCheckpoint, ends: _Ends, path: str) -> str | None:
+def _locate(base: StoredCheckpoint, ends: Ends, path: str) -> str | None:
     """The stored name of a parameter path: the same, the one that transformers loads into it, or with a prefix like
     `transformer.` left out or added: checkpoints of a bare model lack the one that the model with its head has."""
-    if path in base.tensors or (ends.tied and path == ends.head):
+    if path in base.tensors or path in ends.unstored:
         return path
     shorter = path.partition(".")[2]
     if shorter in base.tensors:
@@ -368,25 +260,6 @@ def _locate(base: StoredCheckpoint, ends: _Ends, path: str) -> str | None:
 def _is_transposed(base: StoredCheckpoint, part: Part) -> bool:
     conv1d = base.config.get("model_type") in _CONV1D_MODELS and part.module.endswith(_CONV1D_MODULES)
     return part.parameter == "weight" and (conv1d or (isinstance(part, LowRank) and part.embedding))
-
-
-def _equal(
-    one: StoredCheckpoint | TensorReader, name: str, other: StoredCheckpoint | TensorReader, other_name: str
-) -> bool:
-    """Whether two tensors hold the same values, read slab by slab up to the first difference."""
-    shape = one.tensors[name].shape
-    if shape != other.tensors[other_name].shape:
-        return False
-    rows = shape[0] if shape else 1
-    step = max(1, _COMPARED_AT_ONCE * rows // max(one.tensors[name].size, 1))
-    return all(
-        np.array_equal(one.rows(name, at, min(at + step, rows)), other.rows(other_name, at, min(at + step, rows)))
-        for at in range(0, rows, step)
-    )
-
-
-def _all_rows(reader: TensorReader, name: str) -> FloatArray:
-    return reader.rows(name, 0, reader.tensors[name].shape[0])
 
 
 def _check_task(base: StoredCheckpoint, adapter: Adapter) -> None:
@@ -419,13 +292,4 @@ def _other_base(adapter: Adapter, misfits: list[str]) -> AdapterError:
         f"{len(misfits)} of the adapter's {parts} parts do not fit this base",
         why="; ".join(misfits[:3]) + more,
         hint=f"the adapter names its base: --base {name}" if name else "give the base that it was trained on",
-    )
-
-
-def _ambiguous(why: str) -> AdapterError:
-    return AdapterError(
-        "adapter-tie-ambiguous",
-        "the adapter does not say what becomes of the tied embedding and output head",
-        why=why,
-        hint="train again with a current PEFT, where ensure_weight_tying covers both",
     )

@@ -48,8 +48,9 @@ def cell(kind: str, architecture: Architecture, model: Any, base: Path, scratch:
     (scratch / "out").mkdir()
     write_checkpoint(view, scratch / "out", SILENT)
     merged = type(model).from_pretrained(scratch / "out", dtype=torch.float32).eval()
+    inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS[:, :7]} if model.config.is_encoder_decoder else {})}
     with torch.no_grad():
-        expected, plain, found_logits = (m(input_ids=IDS).logits for m in (live, model, merged))
+        expected, plain, found_logits = (m(**inputs).logits for m in (live, model, merged))
     assert (expected - plain).abs().max() > 1e-3, "the adapter does nothing"
     error_size = float((expected - found_logits).abs().max() / expected.abs().max())
     assert error_size <= TOLERANCE, f"{kind}: {error_size:.1e}"
