@@ -204,7 +204,8 @@ class MergedCheckpoint:
             return update
 
     def _load(self, name: str, change: Change, part: Part) -> Update:
-        if not change.transposed:
+        started = isinstance(part, LowRank) and part.start is not None
+        if not change.transposed and not started:
             return part.load()
 
         def slabs() -> Iterator[tuple[int, int, FloatArray]]:
@@ -215,7 +216,7 @@ class MergedCheckpoint:
                 yield start, stop, self._unadapted(name, change, start, stop)
 
         if isinstance(part, LowRank):
-            return part.load_transposed(slabs)
+            return part.load_for(slabs, transposed=change.transposed)
         weight = np.concatenate([rows for _, _, rows in slabs()])
         return _Whole(np.ascontiguousarray(part.load().apply(weight.T.copy(), 0, weight.shape[1]).T))
 

@@ -10,6 +10,7 @@ from lora2edge.adapters.ends import (
     Ends,
     Placement,
     WholeTensor,
+    ambiguous,
     check_called,
     equal,
     find_ends,
@@ -17,8 +18,10 @@ from lora2edge.adapters.ends import (
     share,
 )
 from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank
+from lora2edge.adapters.kinds.starts import OLORA
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter, is_saved
+from lora2edge.adapters.settings import RESIDUAL_HINT
 from lora2edge.checkpoint import ExpertPlace, StoredCheckpoint, expert_place
 from lora2edge.contracts import TensorInfo
 from lora2edge.errors import AdapterError
@@ -77,6 +80,7 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
             biases[path] = part
     if misfits:
         raise _other_base(adapter, misfits)
+    parts = {name: _without_start(base, ends, name, part, whole) for name, part in parts.items()}
     changes = {}
     for name in {**whole, **parts}:
         source = ends.source(name)
@@ -161,6 +165,32 @@ def _fit_part(
         return name
     misfits.append(misfit)
     return None
+
+
+def _without_start(base: StoredCheckpoint, ends: Ends, name: str, part: Part, whole: Mapping[str, str]) -> Part:
+    """The part as it is, or a plain one where PEFT saved the weight along that was left when training started.
+
+    Raises AdapterError where what PEFT takes off the weight is not that of the one layer.
+    """
+    if not isinstance(part, LowRank) or part.start is None:
+        return part
+    if name in whole:
+        return replace(part, start=None)
+    if name in ends.tied:
+        raise ambiguous(f"the start {part.start!r} of {part.module} changed the weight of the embedding as well")
+    why = ""
+    if base.is_quantized:
+        why = "the base is quantized: PEFT would have to quantize what is left of the weight again"
+    elif part.start == OLORA and _is_transposed(base, part):
+        why = "PEFT computes OLoRA on the weight as it is stored, which is the other way round in a Conv1D"
+    if why:
+        raise AdapterError(
+            "adapter-residual-base",
+            f"the start {part.start!r} of {part.module} cannot be computed again",
+            why=why,
+            hint=RESIDUAL_HINT,
+        )
+    return part
 
 
 def _fit_experts(

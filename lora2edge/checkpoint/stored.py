@@ -78,6 +78,11 @@ class StoredCheckpoint:
         return self._reader.tensors
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the files hold quantized weights, of which `rows` gives the values."""
+        return not isinstance(self._reader, TensorReader)
+
+    @property
     def ref(self) -> CheckpointRef:
         return CheckpointRef(str(self.path))
 
