@@ -174,6 +174,8 @@ KINDS: Mapping[str, Callable[[Architecture], Any]] = {
     "rsLoRA": _lora(use_rslora=True),
     "DoRA": _lora(use_dora=True),
     "lora_bias": _lora(lora_bias=True),
+    "bias: all": _lora(bias="all"),
+    "bias: lora_only": _lora(bias="lora_only"),
     "rank_pattern, alpha_pattern": _lora(
         rank_pattern=lambda a: {a.layers[0]: 2}, alpha_pattern=lambda a: {a.layers[-1]: 11}
     ),

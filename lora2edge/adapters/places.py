@@ -17,6 +17,7 @@ from lora2edge.adapters.ends import (
     settle_tie,
     share,
 )
+from lora2edge.adapters.kinds.common import SAVE_AGAIN
 from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank
 from lora2edge.adapters.kinds.starts import OLORA
 from lora2edge.adapters.parts import Part
@@ -67,6 +68,7 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     for path, tensor in adapter.saved.items():
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
+    _check_biases(base, adapter, ends, whole)
     shapes = {name: adapter.reader.tensors[tensor].shape for name, tensor in whole.items()}
     vocabulary = _resized(base, ends, shapes)
     parts: dict[str, Part] = {}
@@ -165,6 +167,29 @@ def _fit_part(
         return name
     misfits.append(misfit)
     return None
+
+
+def _check_biases(base: StoredCheckpoint, adapter: Adapter, ends: Ends, whole: Mapping[str, str]) -> None:
+    """Where the base's biases were trained, PEFT saves all of them, or those of the layers that it adapts."""
+    setting = adapter.config.get("bias") or "none"
+    if setting == "none":
+        return
+    adapted = {_locate(base, ends, f"{part.module}.bias") for part in adapter.parts.values()}
+    lost = [
+        name
+        for name, info in base.tensors.items()
+        if name.endswith(".bias")
+        and len(info.shape) == 1  # old checkpoints have attention masks of that name
+        and (setting == "all" or name in adapted)
+        and name not in whole
+    ]
+    if lost:
+        raise AdapterError(
+            "adapter-incomplete",
+            f"the adapter says bias: {setting}, and lacks {len(lost)} of the base's biases: {', '.join(lost[:3])}",
+            why="adapter_model.safetensors and adapter_config.json are not from the same save",
+            hint=SAVE_AGAIN,
+        )
 
 
 def _without_start(base: StoredCheckpoint, ends: Ends, name: str, part: Part, whole: Mapping[str, str]) -> Part:

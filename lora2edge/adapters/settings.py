@@ -19,6 +19,8 @@ _REFUSED = {
     "arrow_config": ("Arrow routes each token to other adapters", "merge one of its adapters"),
     "megatron_config": ("Megatron's parallel layers split the weights", "convert the adapter to plain PEFT first"),
 }
+_ONLY = {"LORA": "lora_only", "ADALORA": "lora_only", "OFT": "oft_only", "BOFT": "boft_only", "VERA": "vera_only"}
+"""Kinds that can train the base's biases → the setting for those of their own layers."""
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 _RESIDUAL = {
     "pissa_niter": "it is drawn at random: PEFT takes another one off the base whenever it loads the adapter",
@@ -61,9 +63,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
     for key, (why, hint) in _REFUSED.items():
         if key not in keys and _is_set(config.get(key)):
             errors.append(_refusal(key, config[key], why, hint))
-    if config.get("bias", "none") != "none":
-        why = "the base's biases were trained too, and PEFT does not switch them off with the adapter"
-        errors.append(_refusal("bias", config["bias"], why, "train with bias='none'"))
+    bias = config.get("bias") or "none"
+    choices = ("none", "all", _ONLY[kind]) if kind in _ONLY else ("none",)
+    if bias not in choices:
+        why = f"PEFT knows for {KINDS[kind].label}: {', '.join(choices)}"
+        errors.append(_refusal("bias", bias, why, "train with bias='none'"))
     for key, value in config.items():
         if key not in keys and key not in _REFUSED and key != "bias" and _is_set(value):
             why = "this version does not know whether it changes what the adapter computes"

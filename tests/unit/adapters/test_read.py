@@ -83,7 +83,8 @@ def test_what_the_adapter_names(adapter: Path, made: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("setting", "word"),
     [
-        ({"bias": "lora_only"}, "bias"),
+        ({"bias": "of_next_year"}, "bias"),
+        ({"bias": "oft_only"}, "bias"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
@@ -128,7 +129,7 @@ def test_every_field_of_the_installed_peft_is_known_at_its_default(adapter: Path
 
 
 def test_several_refusals_come_together(adapter: Path) -> None:
-    edit_config(adapter, use_qalora=True, bias="all")
+    edit_config(adapter, use_qalora=True, bias="some")
     with pytest.raises(Refusals) as error:
         read_adapter(adapter)
     assert [item.code for item in error.value.errors] == ["adapter-setting", "adapter-setting"]
