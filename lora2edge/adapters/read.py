@@ -35,8 +35,8 @@ _BESIDE = "base_model.vera_"
 """VeRA's shared matrices lie beside the model."""
 _ENDS = ("embed_tokens.weight", "wte.weight", "shared.weight", "lm_head.weight")
 """Embeddings and heads, which PEFT saves along where the vocabulary was resized or they were adapted."""
-_PASSED_OVER = re.compile(r"\.(modules_to_save|original_module)\.")
-"""What `bias: all` saves again of a module that is saved whole; PEFT loads its plain name."""
+_AGAIN = (r"\.(original_module|modules_to_save)\.", r"\.modules_to_save\.[^.]+\.")
+"""What `bias: all` puts into the name of a bias of a module that is saved whole: PEFT loads it by its plain name."""
 _ROWS_AT_ONCE = 1 << 20
 """Elements looked at together when searching for NaN."""
 
@@ -173,7 +173,7 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
     for path, name in paths.items():
         if name in used:
             continue
-        if biases and path.endswith(".bias") and _PASSED_OVER.search(path) and _PASSED_OVER.sub(".", path) in paths:
+        if biases and path.endswith(".bias") and _is_saved_plainly(path, paths):
             continue
         if path.endswith(".base_layer.weight") or (biases and path.endswith(".base_layer.bias")):
             replaced[path.replace(".base_layer.", ".")] = name
@@ -188,6 +188,10 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
     if both := sorted(parts.keys() & saved.keys()):
         raise _ambiguous(both[0])
     return Adapter(source, config, reader, parts, saved, replaced)
+
+
+def _is_saved_plainly(path: str, paths: Mapping[str, str]) -> bool:
+    return any((plain := re.sub(infix, ".", path)) != path and plain in paths for infix in _AGAIN)
 
 
 def _ambiguous(where: str) -> AdapterError:
