@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float32]
     IntArray = NDArray[np.int64]
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification"]
+Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification", "token-classification"]
 Message = Mapping[str, str]
 """`{"role": "user", "content": "…"}`"""
 
@@ -148,6 +148,10 @@ class Base(Checkpoint, Protocol):
 
     @property
     def path(self) -> Path: ...
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights of it are made from quantized ones."""
+        ...
 
     def fingerprint(self) -> dict[str, Any]:
         """What the cache keys on, JSON-ready: hashes of small files; header, size, mtime and inode of large ones."""

@@ -70,7 +70,7 @@ def find_bases(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Adapte
     """
     trained = _trained_base(recipe, base, adapters)
     asked = recipe.merge_base
-    if trained is base and not base.quantized:
+    if trained is base and not base.is_quantized:
         if asked:
             raise InputError(
                 "merge-base",
@@ -110,13 +110,13 @@ def _trained_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Ada
     if said is None:
         return _named_base(recipe, base, adapters)
     if said == PLAIN:
-        if base.quantized:
+        if base.is_quantized:
             raise _contradiction(base, "it was trained on a base that was not quantized")
         return base
     if isinstance(said, str) and said in _PRESETS:
         said = QuantizedTraining.model_validate(_PRESETS[said])
     if isinstance(said, QuantizedTraining):
-        if base.quantized:
+        if base.is_quantized:
             raise _contradiction(base, "a base is quantized for training from the original")
         return requantized(base, _settings(said, base))
     if said == "int8":
@@ -127,7 +127,7 @@ def _trained_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Ada
             hint="--trained-on FOLDER, a base that was saved with load_in_8bit=True",
         )
     trained = open_checkpoint(said, trust_remote_code=recipe.trust_remote_code)
-    if not trained.quantized:
+    if not trained.is_quantized:
         raise InputError(
             "trained-on",
             f"{said} is not quantized",
@@ -139,7 +139,7 @@ def _trained_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Ada
 
 def _named_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Adapter]) -> Base:
     """The base that the adapters name, where that is quantized and --base is not; else `base`."""
-    if recipe.base is None or base.quantized:
+    if recipe.base is None or base.is_quantized:
         return base
     for name in dict.fromkeys(filter(None, (adapter.base_model_name_or_path for adapter in adapters))):
         if Path(name).is_dir():
@@ -149,7 +149,7 @@ def _named_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Adapt
                 named = open_checkpoint(name, trust_remote_code=recipe.trust_remote_code)
             except InputError:
                 continue  # it is not asked for, and what is wrong with it is no matter of this build
-            if named.quantized:
+            if named.is_quantized:
                 return _fitting(named, base)
         elif _QUANTIZED_NAME.search(name) and not _QUANTIZED_NAME.search(base.path.name):
             raise InputError(

@@ -14,7 +14,7 @@ from lora2edge.backends.base import load_backend
 from lora2edge.bench.machine import available
 from lora2edge.bench.scenario import load_scenario
 from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
-from lora2edge.contracts import Estimate, Machine
+from lora2edge.contracts import Estimate, Machine, Task
 from lora2edge.errors import (
     CheckpointError,
     InputError,
@@ -165,6 +165,7 @@ def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) 
     if survey.recipe.data is not None:
         if not survey.recipe.trust_remote_code:
             _try(errors, partial(check_code, merged.config))
+        _try(errors, partial(check_task, merged.task))
         _check_memory(merged, survey.machine, errors)
     _check_disk(estimates, survey.machine, out, errors)
     rate = operations_per_second(survey.machine)
@@ -183,6 +184,17 @@ def check_code(config: Mapping[str, Any]) -> None:
             why="merge proof, importance matrix and quality would have to run it",
             hint="--trust-remote-code, where you trust it; `lora2edge merge` and `lora2edge lower` without --data go "
             "by the tensors' names and run no code",
+        )
+
+
+def check_task(task: Task) -> None:
+    """Refuses to measure what does not continue a text. Merging and lowering to safetensors need no task."""
+    if task != "causal-lm":
+        raise UnsupportedError(
+            "task",
+            f"{task} models cannot be measured yet",
+            why="merge proof, importance matrix and quality are taken over the tokens of a response",
+            hint="`lora2edge merge` without --prove writes the merged checkpoint",
         )
 
 

@@ -451,7 +451,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "fan_in_fan_out": _FLAG,
         "ensure_weight_tying": _FLAG,
         "bias": (7, True, ["none"], "some", {"a": 1}),
-        "init_lora_weights": (7, ["x"], {"a": 1}, "pissa", "unheard_of"),
+        "init_lora_weights": (7, ["x"], {"a": 1}, "pissa_niter_4", "unheard_of"),
         "base_model_name_or_path": _TEXT,
         "revision": _TEXT,
     },

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora2edge.adapters.ends import Change
 from lora2edge.adapters.kinds.lora import LowRank, PairUpdate
 from lora2edge.adapters.parts import Part, Update
-from lora2edge.adapters.places import Change, place_adapter
+from lora2edge.adapters.places import place_adapter
 from lora2edge.adapters.read import Adapter, read_adapter
 from lora2edge.checkpoint import (
     BnbSettings,
@@ -204,7 +205,8 @@ class MergedCheckpoint:
             return update
 
     def _load(self, name: str, change: Change, part: Part) -> Update:
-        if not change.transposed:
+        started = isinstance(part, LowRank) and part.start is not None
+        if not change.transposed and not started:
             return part.load()
 
         def slabs() -> Iterator[tuple[int, int, FloatArray]]:
@@ -215,7 +217,7 @@ class MergedCheckpoint:
                 yield start, stop, self._unadapted(name, change, start, stop)
 
         if isinstance(part, LowRank):
-            return part.load_transposed(slabs)
+            return part.load_for(slabs, transposed=change.transposed)
         weight = np.concatenate([rows for _, _, rows in slabs()])
         return _Whole(np.ascontiguousarray(part.load().apply(weight.T.copy(), 0, weight.shape[1]).T))
 

@@ -30,6 +30,10 @@ _TASKS: dict[str, Task] = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
 }
+_SEQ2SEQ = {"T5ForConditionalGeneration", "MT5ForConditionalGeneration"}
+"""By their whole name: models that see or hear end in ForConditionalGeneration too."""
+_SHARED = "shared.weight"
+"""What T5's encoder, decoder and head share."""
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _CODE = ("*.py", "*.tiktoken")
@@ -65,11 +69,6 @@ class StoredCheckpoint:
         self._hashes: dict[str, str] | None = None
 
     @property
-    def quantized(self) -> bool:
-        """Whether the files hold quantized weights."""
-        return isinstance(self._reader, DequantizedReader)
-
-    @property
     def config(self) -> Mapping[str, Any]:
         return self._config
 
@@ -84,6 +83,11 @@ class StoredCheckpoint:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._reader.tensors
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the files hold quantized weights, of which `rows` gives the values."""
+        return not isinstance(self._reader, TensorReader)
 
     @property
     def ref(self) -> CheckpointRef:
@@ -152,7 +156,8 @@ def open_checkpoint(where: str | Path, *, trust_remote_code: bool = False) -> St
 
 def embedding_name(tensors: Iterable[str]) -> str | None:
     """Name of the token embedding's weight among `tensors`."""
-    return next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
+    names = list(tensors)
+    return _SHARED if _SHARED in names else next((name for name in names if name.endswith(_EMBEDDINGS)), None)
 
 
 def head_name(tensors: Iterable[str]) -> str | None:
@@ -275,22 +280,31 @@ def _vocabulary(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
 def _task(config: Mapping[str, Any]) -> Task:
     architectures = config.get("architectures") or []
     for architecture in architectures if isinstance(architectures, list) else []:
+        if architecture in _SEQ2SEQ:
+            return "seq2seq-lm"
         for suffix, task in _TASKS.items():
             if str(architecture).endswith(suffix):
                 return task
     raise CheckpointError(
         "unknown-task",
         "config.json does not say what the model is for",
-        why=f"architectures is {architectures}; known endings: {', '.join(_TASKS)}",
-        hint="text models only: causal language models and sequence or token classifiers",
+        why=f"architectures is {architectures}; known endings: {', '.join(_TASKS)}; {' and '.join(sorted(_SEQ2SEQ))}",
+        hint="text models only: causal language models, T5, and sequence or token classifiers",
     )
 
 
 def _check_head(checkpoint: StoredCheckpoint) -> None:
-    """A checkpoint that says it is not tied and has no head would be loaded with a random one."""
+    """A checkpoint that says it is not tied and has no head would be loaded with another one."""
     tensors = checkpoint.tensors
+    if checkpoint.task == "seq2seq-lm" and _SHARED not in tensors:
+        raise CheckpointError(
+            "missing-tensor",
+            f"the checkpoint has no {_SHARED}",
+            why="which weight encoder, decoder and head share cannot be told without it",
+            hint="AutoModelForSeq2SeqLM.from_pretrained(FOLDER).save_pretrained(NEW) writes it",
+        )
     untied = checkpoint.config.get("tie_word_embeddings") is False
-    if checkpoint.task == "causal-lm" and untied and embedding_name(tensors) and not head_name(tensors):
+    if checkpoint.task in ("causal-lm", "seq2seq-lm") and untied and embedding_name(tensors) and not head_name(tensors):
         raise CheckpointError(
             "missing-tensor",
             "the checkpoint has no output head",

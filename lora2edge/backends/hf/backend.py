@@ -26,7 +26,7 @@ from lora2edge.contracts import (
     TensorDamage,
     TensorInfo,
 )
-from lora2edge.errors import InputError, TargetError, UnsupportedError, refuse
+from lora2edge.errors import InputError, TargetError, refuse
 from lora2edge.target import Target
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class HfBackend:
     extra = "torch"
 
     def check(self, checkpoint: Checkpoint, target: Target, machine: Machine) -> Estimate:
-        """Any checkpoint can be written; a precision or option of another backend is refused."""
+        """Any checkpoint can be written, whatever its task; a precision or option of another backend is refused."""
         errors: list[InputError] = []
         if target.precision != PRECISION:
             errors.append(
@@ -68,8 +68,6 @@ class HfBackend:
                     hint="options: {}",
                 )
             )
-        if checkpoint.task != "causal-lm":
-            errors.append(UnsupportedError("task", f"{checkpoint.task} models cannot be measured yet"))
         refuse(errors)
         size = sum(
             tensor.size * (FLOAT_DTYPES.get(tensor.dtype) or _WIDTHS.get(tensor.dtype, 1))

@@ -167,6 +167,10 @@ class RequantizedCheckpoint:
         return self.base.path
 
     @property
+    def is_quantized(self) -> bool:
+        return True
+
+    @property
     def ref(self) -> CheckpointRef:
         return replace(self.base.ref, requantized=self.settings.to_json())
 
