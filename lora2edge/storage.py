@@ -191,7 +191,7 @@ def sweep(path: Path, keep: Path | None = None) -> None:
             continue
         if kind == "resume":
             _remove_unlocked(left)
-        elif kind in {"partial", "old"} and owner.isdigit() and not _lives(int(owner)):
+        elif kind in {"partial", "old"} and owner.isdigit() and not lives(int(owner)):
             if kind == "old" and not path.exists():  # killed between the two renames
                 left.replace(path)
             else:
@@ -225,7 +225,7 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
     """Whether another process has this number. Our own was that of a dead one: in containers numbers repeat."""
     if process == os.getpid():
         return False
