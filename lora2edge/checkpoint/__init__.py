@@ -20,6 +20,7 @@ from lora2edge.checkpoint.tokenizer import (
     GENERATION_FILES,
     TOKENIZER_GROUP,
     merge_tokenizer_files,
+    read_tokenizer_file,
     tokenizer_files,
     vocabulary_size,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "read_ahead",
     "read_header",
     "read_json_file",
+    "read_tokenizer_file",
     "reading_ahead",
     "requantized",
     "resolve_source",
