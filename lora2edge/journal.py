@@ -39,6 +39,7 @@ _UNHASHED = 4
 _STAGE_BYTES = 4 << 20
 _STAGES = 3
 """Buffers of a growing file: one is filled while others are written, each at once."""
+STAGED_BYTES = _STAGE_BYTES * _STAGES
 _ORPHAN_SECONDS = 30.0
 """How long the stage process of a killed build may need to notice that nobody listens."""
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora2edge.adapters import written_config
+from lora2edge.adapters import MergedCheckpoint, written_config
 from lora2edge.backends.slabs import in_order
-from lora2edge.checkpoint import FLOAT_DTYPES, encode_rows, read_ahead
+from lora2edge.checkpoint import FLOAT_DTYPES, encode_rows, read_ahead, window_bytes
 from lora2edge.contracts import Checkpoint, Progress, StoredBytes, TensorInfo
 from lora2edge.errors import CheckpointError
-from lora2edge.journal import GrowingFile, Journal
+from lora2edge.journal import STAGED_BYTES, GrowingFile, Journal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +27,10 @@ SHARD_BYTES = 5_000_000_000
 SLAB_ELEMENTS = 1 << 18
 """1 MB of float32: the passes over a slab stay in a core's own cache, and little is in flight."""
 COPY_BYTES = 1 << 20
+_BYTES_IN_WORK = 14
+"""Of one element: as read, in float32, its delta, rounded."""
+_WAITING, _WIDEST = 3, 4
+"""Rounded slabs per thread that wait to be written, and the bytes of an element there (F64 is seldom)."""
 _INFINITIES = {"BF16": (2, 0x7F80), "F16": (2, 0x7C00), "F32": (4, 0x7F80_0000), "F64": (8, 0x7FF0 << 48)}
 """Stored dtype → bytes of a word, and infinity as an integer."""
 
@@ -51,6 +55,20 @@ def write_checkpoint(view: Checkpoint, out: Path, progress: Progress, shard_byte
     _write_json(out / "config.json", written_config(view))
     for name, path in view.tokenizer.files.items():
         shutil.copyfile(path, out / name)
+
+
+def write_bytes(view: Checkpoint, threads: int) -> int:
+    """Memory that `write_checkpoint` takes at most beside the libraries', with reading ahead; told from headers.
+
+    A slab is one row at least: of an embedding that is little, of a stack of experts it is a matrix.
+    """
+    infos = view.tensors.values()
+    slab = min(SLAB_ELEMENTS, max((info.size for info in infos), default=0))
+    slab = max([slab, *(info.size // info.shape[0] for info in infos if info.shape and info.shape[0])])
+    stored = sum(_length(view, info) for info in infos)
+    updates = view.update_bytes() if isinstance(view, MergedCheckpoint) else 0
+    slabs = slab * threads * (_BYTES_IN_WORK + _WAITING * _WIDEST) + min(COPY_BYTES * threads, stored)
+    return min(window_bytes(threads), stored) + min(STAGED_BYTES, stored) + slabs + updates
 
 
 @dataclass(frozen=True, slots=True)
