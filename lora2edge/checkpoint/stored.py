@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora2edge.checkpoint.layers import find_missing
 from lora2edge.checkpoint.modules import module_name
 from lora2edge.checkpoint.quantized import DequantizedReader, dequantized
 from lora2edge.checkpoint.reader import TensorReader
@@ -140,11 +140,17 @@ def open_checkpoint(where: str | Path, *, trust_remote_code: bool = False) -> St
         why = "it has an adapter_config.json: that is an adapter" if _is_adapter(folder) else "config.json is missing"
         raise missing_source("checkpoint", where, why, "give the folder that save_pretrained() wrote the base model to")
     config = read_json_file(folder / "config.json", "bad-config")
-    reader = TensorReader(folder, _shards(folder))
+    places = _weight_map(folder)
+    reader = TensorReader(folder, _shards(folder, places))
     try:
-        _check_index(folder, reader)
+        _check_index(places or {}, reader)
         plain, weights, quantization = _dequantized(config, reader)
-        problems = [quantization, _no_tokenizer(folder, config), _vocabulary(folder, config, weights.tensors)]
+        problems = [
+            quantization,
+            _no_tokenizer(folder, config),
+            _vocabulary(folder, config, weights.tensors),
+            None if quantization else find_missing(config, weights.tensors),
+        ]
         refuse([problem for problem in problems if problem])
         checkpoint = StoredCheckpoint(source, plain, _task(config), weights, trust_remote_code=trust_remote_code)
         _check_head(checkpoint)
@@ -192,18 +198,27 @@ def shard_fingerprint(path: Path, header_sha256: str) -> dict[str, Any]:
     }
 
 
-def _shards(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        weight_map = read_json_file(folder / INDEX, "bad-index").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError("bad-index", f"{INDEX} has no weight_map", why="it maps each tensor to its file")
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor → its file, as the index has it; None where there is no index."""
+    if not (folder / INDEX).is_file():
+        return None
+    weight_map = read_json_file(folder / INDEX, "bad-index").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError("bad-index", f"{INDEX} has no weight_map", why="it maps each tensor to its file")
+    return weight_map
+
+
+def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> list[str]:
+    if weight_map is not None:
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
         missing = [name for name in names if name not in outside and not (folder / name).is_file()]
         if outside or missing:
+            absent = outside or missing
+            more = f" and {len(absent) - 3:,} more" if len(absent) > 3 else ""
             raise CheckpointError(
                 "missing-shard",
-                f"{', '.join(outside or missing)} of {len(names)} weight files is not in {folder}",
+                f"not in {folder}, of {len(names):,} weight files: {', '.join(absent[:3])}{more}",
                 why=f"{INDEX} names it",
                 hint="finish the download, or save the checkpoint again",
             )
@@ -224,10 +239,7 @@ def _shards(folder: Path) -> list[str]:
     )  # fmt: skip
 
 
-def _check_index(folder: Path, reader: TensorReader) -> None:
-    if not (folder / INDEX).is_file():
-        return
-    weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+def _check_index(weight_map: Mapping[str, str], reader: TensorReader) -> None:
     for name, shard in weight_map.items():
         found = reader.tensors.get(name)
         if found is None or found.shard != shard:

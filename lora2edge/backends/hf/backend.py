@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora2edge.backends.hf.session import open_baseline
-from lora2edge.backends.hf.write import write_checkpoint
+from lora2edge.backends.hf.write import write_bytes, write_checkpoint
 from lora2edge.checkpoint import FLOAT_DTYPES, open_checkpoint
 from lora2edge.contracts import (
     BackendHealth,
@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 PRECISION = "stored"
 _SLAB_ELEMENTS = 1 << 22
-_WRITE_RAM_BYTES = 256 << 20
+_BASE_RAM = 84 << 20
+"""Python, numpy and the rest, measured; and the next two."""
+_RAM_PER_TENSOR = 8 << 10
+_RAM_PER_TOKENIZER_BYTE = 2
+_THREADS_PER_CORE = 2
+"""At most: slabs are computed on all logical cores, the plan knows the physical ones."""
 _WRITE_BYTES_PER_SECOND = 200e6
 """On one core, merging included; a slow disk is slower."""
 _LIBRARIES = ("torch", "transformers", "peft")
@@ -73,7 +78,10 @@ class HfBackend:
             tensor.size * (FLOAT_DTYPES.get(tensor.dtype) or _WIDTHS.get(tensor.dtype, 1))
             for tensor in checkpoint.tensors.values()
         )
-        return Estimate(ram_bytes=_WRITE_RAM_BYTES, disk_bytes=size, seconds=size / _WRITE_BYTES_PER_SECOND)
+        tokenizer_bytes = sum(Path(path).stat().st_size for path in checkpoint.tokenizer.files.values())
+        ram = _BASE_RAM + _RAM_PER_TENSOR * len(checkpoint.tensors) + _RAM_PER_TOKENIZER_BYTE * tokenizer_bytes
+        ram += write_bytes(checkpoint, _THREADS_PER_CORE * machine.cores)
+        return Estimate(ram_bytes=ram, disk_bytes=size, seconds=size / _WRITE_BYTES_PER_SECOND)
 
     def lower(
         self,
