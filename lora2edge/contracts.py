@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float32]
     IntArray = NDArray[np.int64]
 
-Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification", "token-classification"]
+Task = Literal["causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"]
 Message = Mapping[str, str]
 """`{"role": "user", "content": "…"}`"""
 

@@ -12,13 +12,14 @@ from lora2edge.adapters.kinds.lora import LowRank, TokenRows
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter
 from lora2edge.checkpoint import TensorReader, embedding_name, head_name
-from lora2edge.contracts import Base, TensorInfo
+from lora2edge.contracts import Base, Task, TensorInfo
 from lora2edge.errors import AdapterError
 
 if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
 
 _HEAD_OF = {"gpt_neox": "embed_out.weight"}
+_GENERATING = ("causal-lm", "seq2seq-lm")
 _STACKS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 """Where token ids go into T5: modules of their own, which share the weight of a third one that nothing calls."""
 _SCALED = {"t5"}
@@ -57,6 +58,10 @@ class Placement:
     """Tensors that the base's files lack, or have in another shape: an untied head, biases, resized embeddings."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What config.json must say from now on, beside what it said."""
+    dropped: frozenset[str] = frozenset()
+    """Tensors of the base that the view has no place for: the head of a language model that became a classifier."""
+    task: Task | None = None
+    """Where it is another one than the base's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ class Ends:
     """Those of them that the files do not have."""
     follow: tuple[str, ...]
     """All that PEFT ties to the embedding's single tokens: it goes by class and config.json, whatever is stored."""
+    is_output: bool = True
+    """Whether the head gives logits of tokens; a classifier's does not, and is tied to nothing."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -90,16 +97,18 @@ class Ends:
         return self.embedding if name in self.unstored and self.embedding else name
 
 
-def find_ends(base: Base) -> Ends:
+def find_ends(base: Base, task: Task) -> Ends:
     """Tied as transformers 5 has it: two stored copies are tied only where config.json says so and they are equal."""
     embedding, head = embedding_name(base.tensors), head_name(base.tensors)
     label = head or _HEAD_OF.get(str(base.config.get("model_type")), "lm_head.weight")
-    if embedding is None or base.task not in ("causal-lm", "seq2seq-lm"):
-        return Ends(embedding, label, (embedding,) if embedding else (), (), frozenset(), ())
+    if embedding is None or task not in _GENERATING:
+        return Ends(
+            embedding, label, (embedding,) if embedding else (), (), frozenset(), (), is_output=task in _GENERATING
+        )
     inputs: tuple[str, ...] = (embedding,)
     others: tuple[str, ...] = (label,)
     said = base.config.get("tie_word_embeddings") is True
-    if base.task == "seq2seq-lm":  # T5: always tied, whatever config.json says
+    if task == "seq2seq-lm":  # T5: always tied, whatever config.json says
         inputs, others, said = _STACKS, (*_STACKS, label), True
     unstored = frozenset(name for name in others if name not in base.tensors)
     tied = tuple(name for name in others if name in unstored or (said and equal(base, embedding, base, name)))
@@ -139,7 +148,7 @@ def settle_tie(base: Base, adapter: Adapter, ends: Ends, changes: dict[str, Chan
     root = ends.embedding
     if not ends.tied or root is None:
         said_tied = ends.head not in ends.unstored and base.config.get("tie_word_embeddings") is True
-        return Placement(changes, config=_untied(base) if said_tied and base.task == "causal-lm" else {})
+        return Placement(changes, config=_untied(base) if said_tied and ends.is_output else {})
     uses = (root, *ends.tied) if ends.is_called else ends.tied
     first = changes.get(uses[0])
     if all(_same_change(first, changes.get(other)) for other in uses[1:]):

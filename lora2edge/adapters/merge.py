@@ -53,6 +53,8 @@ class MergedCheckpoint:
         self._changes: dict[str, Change] = {}
         self._tensors = dict(base.tensors)
         self._config = dict(base.config)
+        self._task = base.task
+        self._dropped: frozenset[str] = frozenset()
         self._tokenizer = base.tokenizer
         self._updates: OrderedDict[str, Update] = OrderedDict()
         self._lock = threading.Lock()
@@ -69,7 +71,7 @@ class MergedCheckpoint:
 
     @property
     def task(self) -> Task:
-        return self.base.task
+        return self._task
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -127,18 +129,24 @@ class MergedCheckpoint:
     def account(self) -> dict[str, dict[str, list[str]]]:
         """What became of every tensor: of the base, of the adapters, and what is new in the view.
 
-        `base`: `copied`, `merged`, `replaced`; together all of the base's tensors. `adapter`: `merged`, `replaced`
-        (it stands in for one of the base), `equal` (a copy of the base's own weight); together all of the adapters'.
-        `added`: tensors of the view that the base's files lack: `untied`, `bias`.
+        `base`: `copied`, `merged`, `replaced`, `dropped` (a language model's head, where the view is a classifier);
+        together all of the base's tensors. `adapter`: `merged`, `replaced` (it stands in for one of the base),
+        `equal` (a copy of the base's own weight), `head` (of the classifier); together all of the adapters'.
+        `added`: tensors of the view that the base's files lack: `untied`, `bias`, `head`.
         """
         account: dict[str, dict[str, list[str]]] = {
-            "base": {"copied": [], "merged": [], "replaced": []},
-            "adapter": {"merged": [], "replaced": [], "equal": []},
-            "added": {"untied": [], "bias": []},
+            "base": {"copied": [], "merged": [], "replaced": [], "dropped": sorted(self._dropped)},
+            "adapter": {"merged": [], "replaced": [], "equal": [], "head": []},
+            "added": {"untied": [], "bias": [], "head": []},
+        }
+        heads = {
+            name: change.whole.name for name, change in self._changes.items() if change.whole and not change.source
         }
         for name in self._tensors:
             change = self._changes.get(name)
-            if name not in self.base.tensors:
+            if name in heads:
+                account["added"]["head"].append(name)
+            elif name not in self.base.tensors:
                 account["added"]["bias" if name.endswith(".bias") else "untied"].append(name)
             elif change is None or not (change.whole or change.part):
                 account["base"]["copied"].append(name)
@@ -149,6 +157,7 @@ class MergedCheckpoint:
             parts = {name for part in adapter.parts.values() for name in part.tensors}
             for name in adapter.reader.tensors:
                 role = "merged" if name in parts else "replaced" if name in wholes else "equal"
+                role = "head" if name in heads.values() else role
                 account["adapter"][role].append(name)
         return account
 
@@ -190,6 +199,9 @@ class MergedCheckpoint:
         placed = place_adapter(self.base, adapter)
         self._changes = placed.changes
         self._tensors.update((info.name, info) for info in placed.added)
+        self._tensors = {name: info for name, info in self._tensors.items() if name not in placed.dropped}
+        self._dropped = placed.dropped
+        self._task = placed.task or self._task
         self._config.update(placed.config)
         self._tokenizer = merge_tokenizer_files(self.base.tokenizer, adapter.path)
         embedding = embedding_name(self.base.tensors)

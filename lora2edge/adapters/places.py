@@ -17,6 +17,7 @@ from lora2edge.adapters.ends import (
     settle_tie,
     share,
 )
+from lora2edge.adapters.heads import NewHead, find_new_head
 from lora2edge.adapters.kinds.common import SAVE_AGAIN
 from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank
 from lora2edge.adapters.kinds.starts import OLORA
@@ -24,10 +25,10 @@ from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter, is_saved
 from lora2edge.adapters.settings import RESIDUAL_HINT
 from lora2edge.checkpoint import ExpertPlace, expert_place
-from lora2edge.contracts import Base, TensorInfo
+from lora2edge.contracts import Base, Task, TensorInfo
 from lora2edge.errors import AdapterError
 
-_TASKS = {
+_TASKS: Mapping[str, Task] = {
     "CAUSAL_LM": "causal-lm",
     "SEQ_2_SEQ_LM": "seq2seq-lm",
     "SEQ_CLS": "sequence-classification",
@@ -55,8 +56,8 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
 
     Raises AdapterError where one has none, has another shape, or where PEFT itself is ambiguous.
     """
-    _check_task(base, adapter)
-    ends = find_ends(base)
+    task, new = _find_task(base, adapter)
+    ends = find_ends(base, task)
     check_called(adapter, ends)
     _check_saved(base, adapter, ends)
     misfits: list[str] = []
@@ -66,6 +67,8 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
             whole[name] = tensor
     share(adapter, ends, whole)
     for path, tensor in adapter.saved.items():
+        if new and path in new.names:
+            continue
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
     _check_biases(base, adapter, ends, whole)
@@ -80,6 +83,8 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
             parts[name] = part
         elif isinstance(part, AddedBias) and _locate(base, ends, f"{part.module}.weight"):
             biases[path] = part
+    if new:
+        misfits.extend(f"a classifier has no {name}" for name in sorted(new.dropped & {*whole, *parts}))
     if misfits:
         raise _other_base(adapter, misfits)
     parts = {name: _without_start(base, ends, name, part, whole) for name, part in parts.items()}
@@ -95,7 +100,23 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
     placement = settle_tie(base, adapter, ends, changes)
     if vocabulary is not None:
         placement = _resize(base, ends, placement, vocabulary)
-    return _add_biases(base, adapter, biases, placement)
+    placement = _add_biases(base, adapter, biases, placement)
+    return _change_head(base, adapter, new, placement) if new else placement
+
+
+def _change_head(base: Base, adapter: Adapter, new: NewHead, placement: Placement) -> Placement:
+    """Puts the classifier in the place of the language model's head."""
+    tensors = {name: adapter.reader.tensors[adapter.saved[name]] for name in new.names}
+    like = list(base.tensors.values())[-1]
+    added = tuple(TensorInfo(name, info.shape, like.dtype, like.shard) for name, info in tensors.items())
+    heads = {name: Change(adapter, None, WholeTensor(adapter.reader, adapter.saved[name])) for name in new.names}
+    return Placement(
+        {**placement.changes, **heads},
+        (*placement.added, *added),
+        {**placement.config, **new.config},
+        dropped=new.dropped,
+        task=new.task,
+    )
 
 
 def _resized(base: Base, ends: Ends, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -311,10 +332,14 @@ def _is_transposed(base: Base, part: Part) -> bool:
     return part.parameter == "weight" and (conv1d or (isinstance(part, LowRank) and part.embedding))
 
 
-def _check_task(base: Base, adapter: Adapter) -> None:
+def _find_task(base: Base, adapter: Adapter) -> tuple[Task, NewHead | None]:
+    """What the merged model is for, and the head that makes it another one than the base. Raises AdapterError."""
     kind = adapter.config.get("task_type")
-    if kind is None or _TASKS.get(kind) == base.task:
-        return
+    task = _TASKS.get(kind) if kind else base.task
+    if task == base.task:
+        return base.task, None
+    if task and (new := find_new_head(base, adapter, task)):
+        return task, new
     name = adapter.base_model_name_or_path
     raise AdapterError(
         "adapter-other-task",

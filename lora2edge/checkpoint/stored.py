@@ -27,6 +27,7 @@ SINGLE = "model.safetensors"
 _TASKS: dict[str, Task] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
 }
@@ -301,7 +302,7 @@ def _task(config: Mapping[str, Any]) -> Task:
         "unknown-task",
         "config.json does not say what the model is for",
         why=f"architectures is {architectures}; known endings: {', '.join(_TASKS)}; {' and '.join(sorted(_SEQ2SEQ))}",
-        hint="text models only: causal language models, T5, and sequence or token classifiers",
+        hint="text models only: language models, T5, and sequence or token classifiers",
     )
 
 

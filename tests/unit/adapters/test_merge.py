@@ -478,10 +478,11 @@ def test_tying_that_contradicts_itself_is_refused(bases: dict[bool, Path], tmp_p
 def test_other_task_is_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", bases[True])
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "task_type": "SEQ_CLS"}))
-    with pytest.raises(AdapterError) as error:
-        merge(open_checkpoint(bases[True]), [read_adapter(adapter)])
-    assert error.value.code == "adapter-other-task"
+    for task, code in (("SEQ_2_SEQ_LM", "adapter-other-task"), ("SEQ_CLS", "adapter-random-head")):
+        (adapter / "adapter_config.json").write_text(json.dumps({**settings, "task_type": task}))
+        with pytest.raises(AdapterError) as error:
+            merge(open_checkpoint(bases[True]), [read_adapter(adapter)])
+        assert error.value.code == code
 
 
 def test_several_adapters_are_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
