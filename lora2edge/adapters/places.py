@@ -21,8 +21,9 @@ from lora2edge.adapters.kinds.common import SAVE_AGAIN
 from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank
 from lora2edge.adapters.kinds.starts import OLORA
 from lora2edge.adapters.parts import Part
-from lora2edge.adapters.read import Adapter, is_saved
+from lora2edge.adapters.read import Adapter
 from lora2edge.adapters.settings import RESIDUAL_HINT
+from lora2edge.adapters.targets import check_complete, check_saved
 from lora2edge.checkpoint import ExpertPlace, StoredCheckpoint, expert_place
 from lora2edge.contracts import TensorInfo
 from lora2edge.errors import AdapterError
@@ -58,7 +59,6 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     _check_task(base, adapter)
     ends = find_ends(base)
     check_called(adapter, ends)
-    _check_saved(base, adapter, ends)
     misfits: list[str] = []
     whole: dict[str, str] = {}
     for path, tensor in adapter.replaced.items():
@@ -68,20 +68,26 @@ def place_adapter(base: StoredCheckpoint, adapter: Adapter) -> Placement:
     for path, tensor in adapter.saved.items():
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
+    check_saved(base, adapter, ends, whole)
     _check_biases(base, adapter, ends, whole)
     shapes = {name: adapter.reader.tensors[tensor].shape for name, tensor in whole.items()}
     vocabulary = _resized(base, ends, shapes)
     parts: dict[str, Part] = {}
     biases: dict[str, Part] = {}
+    placed: dict[str, str] = {}
     for path, part in adapter.parts.items():
         if isinstance(part, ExpertStack):
-            parts.update(_fit_experts(base, part, parts, misfits))
+            experts = _fit_experts(base, part, parts, misfits)
+            parts.update(experts)
+            placed.update(zip(experts, experts, strict=True))
         elif name := _fit_part(base, ends, path, part, shapes, misfits):
             parts[name] = part
+            placed[path] = name
         elif isinstance(part, AddedBias) and _locate(base, ends, f"{part.module}.weight"):
             biases[path] = part
     if misfits:
         raise _other_base(adapter, misfits)
+    check_complete(base, adapter, ends, placed)
     parts = {name: _without_start(base, ends, name, part, whole) for name, part in parts.items()}
     changes = {}
     for name in {**whole, **parts}:
@@ -281,19 +287,6 @@ def _add_biases(
             hint="train with lora_bias=False",
         )
     return Placement(changes, tuple(added), config)
-
-
-def _check_saved(base: StoredCheckpoint, adapter: Adapter, ends: Ends) -> None:
-    """PEFT passes over an entry that the model has no module for: for classifiers it lists two names of the head."""
-    for entry in adapter.config.get("modules_to_save") or []:
-        known = any(is_saved(path, [entry]) for path in (*base.tensors, ends.head))
-        if known and not any(is_saved(path, [entry]) for path in (*adapter.saved, *adapter.replaced)):
-            raise AdapterError(
-                "adapter-incomplete",
-                f"modules_to_save names {entry!r}, the file holds no weight of it",
-                why="adapter_model.safetensors and adapter_config.json are not from the same save",
-                hint="save the adapter again",
-            )
 
 
 def _locate(base: StoredCheckpoint, ends: Ends, path: str) -> str | None:
