@@ -234,14 +234,15 @@ def _fit_experts(
         if place and place.parameter.rpartition(".")[0] == stack.module and name not in taken:
             members.setdefault(place.parameter, {})[name] = place
     why = f"the base has no experts {stack.module}"
-    for places in members.values():
+    for parameter, places in members.items():
+        one = stack.of(parameter.rpartition(".")[2])
         experts = 1 + max(place.expert for place in places.values())
         rows, inputs = next(base.tensors[name].shape for name in places)
         parts = 1 + max(place.part for place in places.values())
-        misfit = stack.misfit((experts, parts * rows, inputs))
+        misfit = one.misfit((experts, parts * rows, inputs))
         if misfit is None and len(places) == experts * parts:
             return {
-                name: stack.pair(name.removesuffix(".weight"), place.expert, experts, place.part * rows, rows)
+                name: one.pair(name.removesuffix(".weight"), place.expert, experts, place.part * rows, rows)
                 for name, place in places.items()
             }
         why = misfit or f"{stack.module} lacks experts"
