@@ -17,6 +17,8 @@ _FIRST_INDEX = r".*?\.[^.]*"
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block)\.(\d+)\.")
 _BESIDE = ("mtp.",)
 """Layers that predict further tokens: stored with the model, and not a part of it in transformers."""
+_WITHOUT_POOLER = ("roberta", "xlm-roberta", "camembert")
+"""Their classifiers take the first token's state; a pooler that is stored is left out, as for classifying tokens."""
 
 
 def check_complete(base: StoredCheckpoint, adapter: Adapter, ends: Ends, placed: Mapping[str, str]) -> None:
@@ -131,6 +133,9 @@ def _is_trainable(base: StoredCheckpoint, name: str) -> bool:
     layers = base.config.get("num_hidden_layers")
     found = _LAYER.search(name)
     if name.startswith(_BESIDE) or (found and isinstance(layers, int) and int(found[1]) >= layers):
+        return False
+    no_pooler = base.task == "token-classification" or base.config.get("model_type") in _WITHOUT_POOLER
+    if no_pooler and ".pooler." in name:
         return False
     axes = len(base.tensors[name].shape) if name in base.tensors else 2
     return name.endswith(".weight") or (name.endswith(".bias") and axes == 1)

@@ -189,6 +189,14 @@ def test_layers_that_transformers_does_not_build(tmp_path: Path) -> None:
     assert merge(open_checkpoint(base), [read_adapter(adapter)])
 
 
+def test_a_pooler_that_transformers_does_not_build(tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, "roberta", LoraConfig(r=4, target_modules=["dense"], task_type="SEQ_CLS"))
+    weights = load_file(base / "model.safetensors")
+    weights["roberta.pooler.dense.weight"] = torch.ones(32, 32)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert merge(open_checkpoint(base), [read_adapter(adapter)])
+
+
 @pytest.mark.parametrize("pattern", ["q_proj(", "(a+)+(b+)+q_proj"])
 def test_patterns_that_cannot_be_matched(pattern: str, tmp_path: Path) -> None:
     """Nothing can be told, and nothing hangs."""
