@@ -63,9 +63,10 @@ def check_saved(base: StoredCheckpoint, adapter: Adapter, ends: Ends, whole: Map
         else:
             lost = known or [name for name in ends.unstored if is_saved(name, [entry])]
         if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             raise AdapterError(
                 "adapter-incomplete",
-                f"modules_to_save names {entry!r}, and the file lacks {len(lost)} tensors of it: {', '.join(lost[:3])}",
+                f"modules_to_save names {entry!r}, and the file lacks {', '.join(lost[:3])}{more}",
                 why="adapter_model.safetensors and adapter_config.json are not from the same save",
                 hint=SAVE_AGAIN,
             )
