@@ -183,6 +183,12 @@ KINDS: Mapping[str, Callable[[Architecture], Any]] = {
     "embedding LoRA": _lora(target_modules=lambda a: [a.embedding, a.layers[0]]),
     "trainable_token_indices": _lora(trainable_token_indices=lambda a: {a.embedding: [3, 7, 50]}),
     "target_parameters (experts)": _lora(target_modules=[], target_parameters=lambda a: list(a.parameters)),
+    "experts: rank_pattern, alpha_pattern": _lora(
+        target_modules=[],
+        target_parameters=lambda a: list(a.parameters),
+        rank_pattern={"gate_up_proj": 2, r"model\.layers\.1\.mlp\.experts\.down_proj": 3},
+        alpha_pattern={"experts.down_proj": 11},
+    ),
     "modules_to_save (head)": _lora(modules_to_save=lambda a: [a.head]),
     "modules_to_save (embedding)": _lora(modules_to_save=lambda a: [a.embedding]),
     "PiSSA": _lora(init_lora_weights="pissa"),

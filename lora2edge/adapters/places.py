@@ -22,8 +22,9 @@ from lora2edge.adapters.kinds.common import SAVE_AGAIN
 from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank
 from lora2edge.adapters.kinds.starts import OLORA
 from lora2edge.adapters.parts import Part
-from lora2edge.adapters.read import Adapter, is_saved
+from lora2edge.adapters.read import Adapter
 from lora2edge.adapters.settings import RESIDUAL_HINT
+from lora2edge.adapters.targets import check_complete, check_saved
 from lora2edge.checkpoint import ExpertPlace, expert_place
 from lora2edge.contracts import Base, Task, TensorInfo
 from lora2edge.errors import AdapterError
@@ -59,7 +60,6 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
     task, new = _find_task(base, adapter)
     ends = find_ends(base, task)
     check_called(adapter, ends)
-    _check_saved(base, adapter, ends)
     misfits: list[str] = []
     whole: dict[str, str] = {}
     for path, tensor in adapter.replaced.items():
@@ -71,22 +71,28 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
             continue
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
+    dropped: frozenset[str] = new.dropped if new else frozenset()
+    check_saved(base, adapter, ends, whole, dropped)
     _check_biases(base, adapter, ends, whole)
     shapes = {name: adapter.reader.tensors[tensor].shape for name, tensor in whole.items()}
     vocabulary = _resized(base, ends, shapes)
     parts: dict[str, Part] = {}
     biases: dict[str, Part] = {}
+    placed: dict[str, str] = {}
     for path, part in adapter.parts.items():
         if isinstance(part, ExpertStack):
-            parts.update(_fit_experts(base, part, parts, misfits))
+            experts = _fit_experts(base, part, parts, misfits)
+            parts.update(experts)
+            placed.update(zip(experts, experts, strict=True))
         elif name := _fit_part(base, ends, path, part, shapes, misfits):
             parts[name] = part
+            placed[path] = name
         elif isinstance(part, AddedBias) and _locate(base, ends, f"{part.module}.weight"):
             biases[path] = part
-    if new:
-        misfits.extend(f"a classifier has no {name}" for name in sorted(new.dropped & {*whole, *parts}))
+    misfits.extend(f"a classifier has no {name}" for name in sorted(dropped & {*whole, *parts}))
     if misfits:
         raise _other_base(adapter, misfits)
+    check_complete(base, adapter, ends, placed, dropped)
     parts = {name: _without_start(base, ends, name, part, whole) for name, part in parts.items()}
     changes = {}
     for name in {**whole, **parts}:
@@ -245,14 +251,15 @@ def _fit_experts(base: Base, stack: ExpertStack, taken: Mapping[str, Part], misf
         if place and place.parameter.rpartition(".")[0] == stack.module and name not in taken:
             members.setdefault(place.parameter, {})[name] = place
     why = f"the base has no experts {stack.module}"
-    for places in members.values():
+    for parameter, places in members.items():
+        one = stack.of(parameter.rpartition(".")[2])
         experts = 1 + max(place.expert for place in places.values())
         rows, inputs = next(base.tensors[name].shape for name in places)
         parts = 1 + max(place.part for place in places.values())
-        misfit = stack.misfit((experts, parts * rows, inputs))
+        misfit = one.misfit((experts, parts * rows, inputs))
         if misfit is None and len(places) == experts * parts:
             return {
-                name: stack.pair(name.removesuffix(".weight"), place.expert, experts, place.part * rows, rows)
+                name: one.pair(name.removesuffix(".weight"), place.expert, experts, place.part * rows, rows)
                 for name, place in places.items()
             }
         why = misfit or f"{stack.module} lacks experts"
@@ -296,19 +303,6 @@ def _add_biases(base: Base, adapter: Adapter, biases: Mapping[str, Part], placem
             hint="train with lora_bias=False",
         )
     return Placement(changes, tuple(added), config)
-
-
-def _check_saved(base: Base, adapter: Adapter, ends: Ends) -> None:
-    """PEFT passes over an entry that the model has no module for: for classifiers it lists two names of the head."""
-    for entry in adapter.config.get("modules_to_save") or []:
-        known = any(is_saved(path, [entry]) for path in (*base.tensors, ends.head))
-        if known and not any(is_saved(path, [entry]) for path in (*adapter.saved, *adapter.replaced)):
-            raise AdapterError(
-                "adapter-incomplete",
-                f"modules_to_save names {entry!r}, the file holds no weight of it",
-                why="adapter_model.safetensors and adapter_config.json are not from the same save",
-                hint="save the adapter again",
-            )
 
 
 def _locate(base: Base, ends: Ends, path: str) -> str | None:

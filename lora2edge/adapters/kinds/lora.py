@@ -120,10 +120,16 @@ class ExpertStack:
     """`[out, r · experts]`: the experts vary fastest."""
     rank: int
     scale: float
+    config: Mapping[str, Any]
 
     @property
     def tensors(self) -> tuple[str, ...]:
         return self.a, self.b
+
+    def of(self, name: str) -> ExpertStack:
+        """The stack if it is the parameter `name`'s, whose rank and scale the patterns may give."""
+        rank, scale = _scale(self.config, f"{self.module}.{name}")
+        return replace(self, rank=rank, scale=scale)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """`shape`: `[experts, out, in]`."""
@@ -396,13 +402,6 @@ def _holds_experts(config: Mapping[str, Any], module: str) -> bool:
 
 
 def _stack(config: Mapping[str, Any], reader: TensorReader, wrapped: str, found: Mapping[str, str]) -> ExpertStack:
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise AdapterError(
-            "adapter-setting",
-            "target_parameters together with rank_pattern or alpha_pattern is not supported yet",
-            why="PEFT does not save which pattern a stack of experts fell under",
-            hint="train the experts with one rank",
-        )
     if len(found) == 1:
         raise AdapterError(
             "adapter-incomplete",
@@ -413,7 +412,7 @@ def _stack(config: Mapping[str, Any], reader: TensorReader, wrapped: str, found:
     module = wrapped.replace(".base_layer", "")
     rank, scale = _scale(config, module)
     nested = wrapped[len(module) + 1 :]
-    return ExpertStack(module, f"{nested}.weight".lstrip("."), reader, found["A"], found["B"], rank, scale)
+    return ExpertStack(module, f"{nested}.weight".lstrip("."), reader, found["A"], found["B"], rank, scale, config)
 
 
 def _check_magnitudes(config: Mapping[str, Any], modules: set[str], magnitudes: Mapping[str, str]) -> None:

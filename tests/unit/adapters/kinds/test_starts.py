@@ -135,6 +135,30 @@ def test_olora_on_conv1d_is_refused(conv1d: Path, tmp_path: Path) -> None:
     assert error.value.code == "adapter-residual-base"
 
 
+@pytest.mark.parametrize("start", STARTS)
+def test_a_quantized_base_is_refused(start: str, bases: dict[bool, Path], tmp_path: Path) -> None:
+    """In float8 by blocks: what PEFT would leave of the weight has no place in its grid."""
+    train(bases[False], tmp_path / "adapter", start)
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in bases[False].iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    weights[f"{name}_scale_inv"] = torch.ones(2, 2)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    assert open_checkpoint(base).is_quantized
+    assert not open_checkpoint(bases[False]).is_quantized
+    with pytest.raises(AdapterError, match="cannot be computed again") as error:
+        merge(open_checkpoint(base), [read_adapter(tmp_path / "adapter")])
+    assert error.value.code == "adapter-residual-base"
+    assert "path_initial_model_for_weight_conversion" in error.value.hint
+
+
 def test_the_delta_is_the_difference(bases: dict[bool, Path], tmp_path: Path) -> None:
     train(bases[True], tmp_path / "adapter", PISSA)
     base = open_checkpoint(bases[True])
