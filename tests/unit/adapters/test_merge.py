@@ -508,6 +508,23 @@ def test_formula_check_catches_a_wrong_product(
     assert error.value.code == "merge-formula"
 
 
+def test_formula_check_of_a_row_at_right_angles_to_the_probe(
+    bases: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its product with the probe is near zero, its rounding is not: no error. A wrong entry still is one."""
+    view = merge(open_checkpoint(bases[True]), [read_adapter(make_adapter(tmp_path / "adapter", bases[True]))])
+    name = "model.layers.0.mlp.up_proj.weight"
+    view.rows(name, 0, 1)
+    update = view._updates[name]
+    assert isinstance(update, PairUpdate)
+    row = (1000.0 * update.probe * np.where(np.arange(len(update.probe)) % 2, -1, 1)).astype(np.float32)[None]
+    monkeypatch.setattr(view.base, "rows", lambda *_: row.copy())
+    np.testing.assert_array_equal(view.rows(name, 0, 1), row + update.product(0, 1))
+    monkeypatch.setattr(PairUpdate, "product", lambda self, start, stop: np.full((1, row.shape[1]), 1.0, np.float32))
+    with pytest.raises(ProofError):
+        view.rows(name, 0, 1)
+
+
 def test_nan_in_the_base_is_named(bases: dict[bool, Path], tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", bases[True])
     base = tmp_path / "base"

@@ -14,6 +14,7 @@ from lora2edge.backends.gguf import GgufBackend
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Machine
 from lora2edge.errors import InputError, Refusals
+from tests.damage import join_header, split_header
 from tests.tiny import make_checkpoint
 from tests.unit.backends.gguf.lowering import lower, target
 
@@ -104,7 +105,16 @@ def test_a_tensor_without_a_place_and_a_place_without_a_tensor(base: Path, tmp_p
     found = refusals(changed(base, tmp_path / "x", num_hidden_layers=1))
     assert "model.layers.1." in found["gguf-tensor"]
     found = refusals(changed(base, tmp_path / "y", num_hidden_layers=3))
-    assert "model.layers.2." in found["gguf-tensor-missing"]
+    assert "model.layers.2" in found["missing-tensors"]
+    renamed = changed(base, tmp_path / "z")
+    for path in renamed.glob("*.safetensors"):
+        header, data = split_header(path)
+        join_header(path, {key.replace("model.norm.", "model.other."): value for key, value in header.items()}, data)
+    for path in renamed.glob("*.index.json"):
+        path.write_text(path.read_text().replace("model.norm.", "model.other."))
+    found = refusals(renamed)
+    assert "model.other.weight" in found["gguf-tensor"]
+    assert "model.norm.weight" in found["gguf-tensor-missing"]
 
 
 def test_shapes_give_both_numbers(base: Path, tmp_path: Path) -> None:
@@ -114,7 +124,7 @@ def test_shapes_give_both_numbers(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "code"), [("two", "bad-config"), (-1, "bad-config"), (True, "bad-config"),
-                                             (10**9, "config-key")])  # fmt: skip
+                                             (10**9, "missing-tensors")])  # fmt: skip
 def test_absurd_configs_are_no_traceback(base: Path, value: Any, code: str, tmp_path: Path) -> None:
     assert set(refusals(changed(base, tmp_path / "x", num_hidden_layers=value))) == {code}
 
