@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora2edge.adapters import Adapter, MergedCheckpoint, merge, read_adapter
+from lora2edge.adapters.kinds.boft import Butterfly
 from lora2edge.backends.base import load_backend
 from lora2edge.bench.machine import available
 from lora2edge.bench.scenario import load_scenario
@@ -167,6 +168,8 @@ def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) 
         if not survey.recipe.trust_remote_code:
             _try(errors, partial(check_code, merged.config))
         _try(errors, partial(check_task, merged.task))
+        if survey.machine.cuda is None:
+            _try(errors, partial(check_butterflies, survey.adapters))
         _check_memory(merged, survey.machine, errors)
     _check_disk(estimates, survey.machine, out, errors)
     rate = operations_per_second(survey.machine)
@@ -197,6 +200,19 @@ def check_task(task: Task) -> None:
             why="merge proof, importance matrix and quality are taken over the tokens of a response",
             hint="`lora2edge merge` without --prove writes the merged checkpoint",
         )
+
+
+def check_butterflies(adapters: Sequence[Adapter]) -> None:
+    """Refuses to measure a BOFT of several factors without a GPU: PEFT cannot load it, so there is no baseline."""
+    for adapter in adapters:
+        for part in adapter.parts.values():
+            if isinstance(part, Butterfly) and part.factors > 1:
+                raise UnsupportedError(
+                    "boft-needs-cuda",
+                    f"PEFT loads a BOFT of {part.factors} factors on CUDA only",
+                    why="the live adapter is what the merge is proved against, and everything measured against",
+                    hint="build on a machine with a GPU; `lora2edge merge` and `lower` without --data need none",
+                )
 
 
 def own_code(config: Mapping[str, Any]) -> str | None:

@@ -28,8 +28,9 @@ def check_complete(
     """Raises AdapterError where the base has modules that the adapter was trained on and that its file lacks.
 
     PEFT starts such a module afresh with a warning, so that its part of the fine-tune is lost. `placed`: what was
-    found, parameter path → the base's tensor; `dropped`: what of the base the model has no place for. Where the two names of a parameter differ otherwise than by the prefix
-    that checkpoints of a bare model lack, or where the configuration says nothing, nothing can be told.
+    found, parameter path → the base's tensor; `dropped`: what of the base the model has no place for. Where the two
+    names of a parameter differ otherwise than by the prefix that checkpoints of a bare model lack, or where the
+    configuration says nothing, nothing can be told.
     """
     prefix = _prefix(base, placed)
     if prefix is None:
@@ -60,8 +61,8 @@ def check_saved(base: Base, adapter: Adapter, ends: Ends, whole: Mapping[str, st
     PEFT passes over an entry that the model has no module for: for classifiers it lists two names of the head.
     """
     for entry in adapter.config.get("modules_to_save") or []:
-        known = [path for path in base.tensors if is_saved(path, [entry]) and _is_trainable(base, path)]
-        known = [path for path in known if path not in dropped]
+        named = [path for path in base.tensors if is_saved(path, [entry]) and path not in dropped]
+        known = [path for path in named if _is_trainable(base, path)]
         if any(is_saved(path, [entry]) for path in (*adapter.saved, *adapter.replaced)):
             lost = [path for path in known if path not in whole]
         else:

@@ -52,6 +52,11 @@ class Butterfly:
     shape: tuple[int, int]
     parameter: str = "weight"
 
+    @property
+    def factors(self) -> int:
+        """PEFT computes with more than one on CUDA only."""
+        return self.reader.tensors[self.tensors[0]].shape[0]
+
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         return product_misfit(self.module, self.shape, shape)
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from peft import BOFTConfig
 
+from lora2edge.adapters import read_adapter
 from lora2edge.adapters.kinds import boft
-from lora2edge.errors import AdapterError
+from lora2edge.errors import AdapterError, UnsupportedError
+from lora2edge.survey import check_butterflies
 from tests.unit.adapters.kinds.live import (
     LINEAR,
     assert_same_as_live,
@@ -57,7 +59,9 @@ FACTORS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_same_as_live(setting: str, no_extension: None, base: Path, tmp_path: Path) -> None:
     config = BOFTConfig(**{"target_modules": LINEAR, **SETTINGS[setting]})
-    assert_same_as_live(boft.read, base, save_adapter(tmp_path / "adapter", base, config, strength=0.3))
+    folder = save_adapter(tmp_path / "adapter", base, config, strength=0.3)
+    assert_same_as_live(boft.read, base, folder)
+    check_butterflies([read_adapter(folder)])
 
 
 @pytest.mark.parametrize("setting", FACTORS)
@@ -68,6 +72,9 @@ def test_butterfly_factors(setting: str, extension: None, base: Path, tmp_path: 
     parts = assert_same_as_live(boft.read, base, folder)
     shape = parts[0].reader.tensors[parts[0].tensors[0]].shape
     assert shape[0] == FACTORS[setting]["boft_n_butterfly_factor"]
+    with pytest.raises(UnsupportedError) as caught:
+        check_butterflies([read_adapter(folder)])
+    assert caught.value.code == "boft-needs-cuda"
 
 
 def test_factors_that_were_not_trained(no_extension: None, base: Path, tmp_path: Path) -> None:
