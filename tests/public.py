@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora2edge.adapters.heads import LAYOUTS
 from tests.tiny import bpe_tokenizer
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -78,8 +79,14 @@ def make_public_checkpoint(folder: Path, name: str) -> Path:
 
 
 def make_public_adapter(folder: Path, base: Path, name: str, rank: int = 16) -> Path:
-    """A LoRA of `rank` on every linear layer of fixture `name`, in float32, all zeros and no room on disk."""
+    """A LoRA of `rank` on every linear layer of fixture `name`, in float32, all zeros and no room on disk.
+
+    Of a masked language model it is a classifier's, with a head for two classes: what such models are tuned for.
+    """
     shapes = {key: shape for key, shape in tensor_shapes(name).items() if is_linear(key, shape)}
+    head = _head(read_model(name)["config"])
+    if head:
+        shapes = {key: shape for key, shape in shapes.items() if ".encoder." in key}
     folder.mkdir(parents=True)
     config = {
         "base_model_name_or_path": str(base),
@@ -89,16 +96,28 @@ def make_public_adapter(folder: Path, base: Path, name: str, rank: int = 16) -> 
         "peft_type": "LORA",
         "r": rank,
         "target_modules": sorted({key.split(".")[-2] for key in shapes}),
-        "task_type": None if "MaskedLM" in read_model(name)["config"]["architectures"][0] else "CAUSAL_LM",
+        "modules_to_save": ["classifier", "pooler"] if head else None,
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
     }
     _write_json(folder / "adapter_config.json", config)
-    tensors = {}
+    tensors = {f"base_model.model.{key}": shape for key, shape in head.items()}
     for key, (rows, columns) in shapes.items():
         module = f"base_model.model.{key.removesuffix('.weight')}"
         tensors[f"{module}.lora_A.weight"] = (rank, columns)
         tensors[f"{module}.lora_B.weight"] = (rows, rank)
     write_header(folder / "adapter_model.safetensors", tensors, "F32")
     return folder
+
+
+def _head(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a classification head on a masked language model; empty for others."""
+    if "MaskedLM" not in config["architectures"][0]:
+        return {}
+    width, found = config["hidden_size"], {}
+    *inner, last = LAYOUTS[config["model_type"]].heads["sequence-classification"]
+    for module, rows in {**dict.fromkeys(inner, width), last: 2}.items():
+        found |= {f"{module}.weight": (rows, width), f"{module}.bias": (rows,)}
+    return found
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:

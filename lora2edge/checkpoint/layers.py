@@ -26,8 +26,10 @@ def find_missing(config: Mapping[str, Any], names: Iterable[str]) -> CheckpointE
             stacks.setdefault(found["stack"], {}).setdefault(int(found["number"]), set()).add(found["rest"])
     missing: list[str] = []
     for stack, layers in stacks.items():
-        count = _count(config) if len(stacks) == 1 else None
-        numbers = range(count if count is not None else max(layers) + 1)
+        count, found_count = _count(config), max(layers) + 1
+        if count is None or (len(stacks) > 1 and found_count < count):
+            count = found_count
+        numbers = range(count)  # what is stored beyond them predicts several tokens at once, and is not built
         missing += [f"{stack}.{number}" for number in numbers if number not in layers]
         if _VARIED not in config:
             missing += _thinner(stack, {number: layers[number] for number in numbers if number in layers})
