@@ -69,6 +69,8 @@ class CheckpointRef:
     adapters: tuple[AdapterRef, ...] = ()
     requantized: Mapping[str, Any] | None = None
     """Settings of bitsandbytes where the base's weights are those that 4-bit training on it saw."""
+    combine: Mapping[str, Any] | None = None
+    """How the adapters become one change (`adapters.Combination`); None: their weighted sum."""
 
     @staticmethod
     def of(base: Path | str, *adapters: Path | str) -> CheckpointRef:
@@ -86,7 +88,7 @@ class CheckpointRef:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> CheckpointRef:
         adapters = tuple(AdapterRef(**item) for item in data["adapters"])
-        return CheckpointRef(data["base"], adapters, data.get("requantized"))
+        return CheckpointRef(data["base"], adapters, data.get("requantized"), data.get("combine"))
 
 
 @dataclass(frozen=True, slots=True)
