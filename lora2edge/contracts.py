@@ -337,6 +337,8 @@ class SessionFacts:
     build: str
     """The kernels' build, e.g. "xllamacpp 2026.10.11549 prebuilt (AVX2)"."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    reference: str = ""
+    """Of a baseline: what it is, where PEFT cannot compute the combination of adapters live."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from lora2edge.contracts import Base, TensorInfo
 from lora2edge.errors import AdapterError, InputError, refuse
 from lora2edge.storage import sha256_file
 
-NO_LIVE_FORM = "no live reference: the formula in float32"
+NO_LIVE_FORM = "no live reference, only the float32 formula"
 """What the report says of a baseline that PEFT cannot compute."""
 
 

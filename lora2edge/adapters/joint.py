@@ -11,14 +11,19 @@ import numpy as np
 from lora2edge.adapters.arithmetic import add_weighted, drop_random, keep_largest, merge_elected, random_mask
 from lora2edge.adapters.changes import load_update
 from lora2edge.adapters.kinds.common import whole
-from lora2edge.adapters.kinds.lora import LowRank, PairUpdate
-from lora2edge.adapters.methods import FACTORED, SUM, Combination
+from lora2edge.adapters.kinds.lora import ExpertPair, LowRank, PairUpdate
+from lora2edge.adapters.methods import FACTORED, SUM, TRUNCATED, Combination
 from lora2edge.adapters.parts import Update
 from lora2edge.adapters.places import Change
 from lora2edge.contracts import Base
 
 if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
+
+_WORKING_COPIES = 4
+"""Of a tensor in float32, beside one for each adapter: the sum, both sides of its decomposition, LAPACK's own."""
+_SVD_OPERATIONS = 50
+"""Times rows · columns · the smaller: a decomposition, told in the time of matrix products (measured: 32 to 55)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,19 @@ class Joint:
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         return None if shape == self.shape else f"{self.name} is {list(shape)}, {list(self.shape)} is needed"
+
+    @property
+    def cost(self) -> tuple[int, float]:
+        """Bytes of whole tensors in memory, and operations of their decomposition; (0, 0) where factors do."""
+        parts = [member.change.part for member in self.members]
+        pairs = all(
+            isinstance(part, ExpertPair) or (isinstance(part, LowRank) and part.magnitude is None) for part in parts
+        )
+        method = self.combination.method
+        if method not in TRUNCATED or len(self.shape) != 2 or (method == "svd" and pairs):
+            return 0, 0.0
+        size = math.prod(self.shape)
+        return 4 * size * (len(parts) + _WORKING_COPIES), float(_SVD_OPERATIONS * size * min(self.shape))
 
     def load(self) -> Update:
         """For all but pairs under `sum` and `svd`, and factors, this takes whole tensors in memory."""

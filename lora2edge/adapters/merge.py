@@ -22,6 +22,7 @@ from lora2edge.adapters.combine import (
     combine_placements,
     has_live_form,
 )
+from lora2edge.adapters.joint import Joint
 from lora2edge.adapters.kinds.lora import PairUpdate
 from lora2edge.adapters.methods import SEQUENCE, Combination
 from lora2edge.adapters.parts import Update
@@ -139,6 +140,11 @@ class MergedCheckpoint:
         if not self.reference:
             return (self,)
         return tuple(MergedCheckpoint(self.base, [replace(adapter, weight=1.0)]) for adapter in self._own)
+
+    @property
+    def joints(self) -> tuple[Joint, ...]:
+        """What several adapters make together, tensor by tensor."""
+        return tuple(change.part for change in self._changes.values() if isinstance(change.part, Joint))
 
     @property
     def _is_combined(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora2edge.backends.hf.batching import Batcher
-from lora2edge.backends.hf.load import load_live, resolve_tokenizer
+from lora2edge.backends.hf.load import find_reference, load_live, resolve_tokenizer
 from lora2edge.calibration.model import build_model
 from lora2edge.contracts import GREEDY, Checkpoint, CheckpointRef, Message, Sampling, SessionFacts, TokenizerFiles
 from lora2edge.errors import DataError, UnsupportedError
@@ -37,7 +37,10 @@ def open_baseline(
     """
     model = load_live(ref, dtype=dtype, device=device)
     files = resolve_tokenizer(ref)
-    return HfSession(model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length)
+    return HfSession(
+        model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length,
+        reference=find_reference(ref),
+    )  # fmt: skip
 
 
 def open_merged(
@@ -112,6 +115,7 @@ class HfSession:
         threads: int,
         slots: int,
         max_length: int,
+        reference: str = "",
     ) -> None:
         import peft
         import torch
@@ -142,6 +146,7 @@ class HfSession:
                 "transformers": transformers.__version__,
                 "peft": peft.__version__,
             },
+            reference=reference,
         )
         self._check_head()
         self._batcher = Batcher(self._causal, self.head.tensor, device=device, threads=threads, slots=slots)
