@@ -81,7 +81,11 @@ def write_manifest(
         backend=target.backend,
         task=view.task,
         key=key,
-        inputs={"model": view.file_hashes(), "calibration": calibration},
+        inputs={
+            "model": view.file_hashes(),
+            "calibration": calibration,
+            **({"combined": view.combined} if view.combined else {}),
+        },
         options=_portable(target),
         versions=dict(lowered["versions"]),
         files={name: known.get(name) or sha256_file(path) for name, path in files.items()},

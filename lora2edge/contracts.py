@@ -78,6 +78,11 @@ class CheckpointRef:
         return CheckpointRef(str(base), tuple(AdapterRef(str(adapter)) for adapter in adapters))
 
     @property
+    def is_combined(self) -> bool:
+        """Whether it is more than one adapter as it was trained."""
+        return len(self.adapters) > 1 or any(adapter.weight != 1 for adapter in self.adapters)
+
+    @property
     def alone(self) -> CheckpointRef:
         """The same base without adapters."""
         return CheckpointRef(self.base, requantized=self.requantized)

@@ -88,7 +88,7 @@ def forecast_stages(
     calibration = max((target.calibration.tokens for target in targets), default=0)
     test = _PROMPT_SHARE * recipe.tokens
     model = proof_bytes(view)
-    proofs = len(view.steps)
+    proofs = len(view.adapters) if view.reference or view.combination.method == "sequence" else 1
     runs = f"would run the base's own code, {code}" if code else ""
     stages = [
         _merge(view, rate),

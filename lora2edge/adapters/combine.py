@@ -54,20 +54,24 @@ def combine_placements(
 def has_live_form(adapters: Sequence[Adapter], combination: Combination) -> bool:
     """Whether PEFT, with these adapters live, computes what the merged weights do.
 
-    It does for one adapter as it was trained, and for a weighted sum of plain LoRA adapters, all active at once. Not
-    for DoRA, whose forward scales what other adapters added too, nor for anything that add_weighted_adapter makes.
+    It does for one adapter as it was trained, and for a weighted sum of plain LoRA adapters, all active at once. One of
+    them may be a DoRA of weight 1, where it is the first that is active: its forward takes what the ones before it
+    added for the base's own output. Nothing live equals what add_weighted_adapter makes of rsLoRA, biases or DoRA.
     """
     if not adapters or (len(adapters) == 1 and adapters[0].weight == 1):
         return True
-    return combination.method == SUM and all(
-        adapter.config["peft_type"] == "LORA"
-        and not adapter.saved
-        and not adapter.replaced
+    doras = [adapter for adapter in adapters if adapter.config.get("use_dora")]
+    return (
+        combination.method == SUM
+        and not doras[1:]
         and all(
-            isinstance(part, AddedBias) or (isinstance(part, LowRank) and part.magnitude is None)
-            for part in adapter.parts.values()
+            adapter.config["peft_type"] == "LORA"
+            and not adapter.saved
+            and not adapter.replaced
+            and (adapter not in doras or adapter.weight == 1)
+            and all(isinstance(part, AddedBias | LowRank) for part in adapter.parts.values())
+            for adapter in adapters
         )
-        for adapter in adapters
     )
 
 
@@ -85,11 +89,11 @@ def check_together(adapters: Sequence[Adapter], combination: Combination) -> Non
                     hint="leave the weight out, or take --combine sum",
                 )
             )  # fmt: skip
-    if len(adapters) == 1 and combination.method not in {SUM, SEQUENCE}:
+    if len(adapters) < 2 and combination.method not in {SUM, SEQUENCE}:
         errors.append(
             AdapterError(
-                "combine-method", f"{combination.method} needs several adapters, one was given",
-                why="PEFT ignores the method then, and adds the adapter as it is",
+                "combine-method", f"{combination.method} needs several adapters, {len(adapters)} given",
+                why="PEFT ignores the method where there is one, and adds it as it is",
                 hint="give another --adapter, or leave --combine out",
             )
         )  # fmt: skip

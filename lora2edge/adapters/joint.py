@@ -16,6 +16,7 @@ from lora2edge.adapters.methods import FACTORED, SUM, TRUNCATED, Combination
 from lora2edge.adapters.parts import Update
 from lora2edge.adapters.places import Change
 from lora2edge.contracts import Base
+from lora2edge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
@@ -92,6 +93,13 @@ class Joint:
             return _Differences(tuple(zip(updates, weights, strict=True)))
         changes = [self._whole_change(update) for update in updates]
         total = self._combine(changes, weights, "")
+        if not np.isfinite(total).all():
+            raise CheckpointError(
+                "base-nan",
+                f"the change of {self.name} is not finite",
+                why="the base holds NaN or infinity there, or an adapter's values are too large for float32",
+                hint="download the base again; train again where the adapter diverged",
+            )
         return _Addition(total) if total.ndim == 1 else _truncate(total, self.rank)
 
     def _update_of(self, member: Member) -> Update:

@@ -6,6 +6,7 @@ merge_and_unload() adds a LoRA of one tied module to both, and adds two of them 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -120,7 +121,7 @@ class MergedCheckpoint:
 
     @property
     def ref(self) -> CheckpointRef:
-        combine = self.combination.to_json() if self._is_combined else None
+        combine = self.combination.to_json() if self.combined else None
         return replace(self.root.ref, adapters=tuple(adapter.ref for adapter in self.adapters), combine=combine)
 
     @property
@@ -129,7 +130,7 @@ class MergedCheckpoint:
         combined = self.combination.method != SEQUENCE and not has_live_form(self.adapters, self.combination)
         return NO_LIVE_FORM if combined else ""
 
-    @property
+    @functools.cached_property
     def steps(self) -> tuple[MergedCheckpoint, ...]:
         """The views that PEFT has a live form of, which together prove this one.
 
@@ -142,13 +143,16 @@ class MergedCheckpoint:
         return tuple(MergedCheckpoint(self.base, [replace(adapter, weight=1.0)]) for adapter in self._own)
 
     @property
+    def combined(self) -> dict[str, Any] | None:
+        """Weights, method and settings, JSON-ready; None where one adapter is merged as it was trained."""
+        if not CheckpointRef("", tuple(adapter.ref for adapter in self.adapters)).is_combined:
+            return None
+        return {"weights": [adapter.weight for adapter in self.adapters], **self.combination.to_json()}
+
+    @property
     def joints(self) -> tuple[Joint, ...]:
         """What several adapters make together, tensor by tensor."""
         return tuple(change.part for change in self._changes.values() if isinstance(change.part, Joint))
-
-    @property
-    def _is_combined(self) -> bool:
-        return len(self.adapters) > 1 or any(adapter.weight != 1 for adapter in self.adapters)
 
     def rows(self, name: str, start: int, stop: int) -> FloatArray:
         """Contract's rows. Each adapted slab is checked against the formula by another route.
@@ -271,9 +275,7 @@ class MergedCheckpoint:
     def fingerprint(self) -> dict[str, Any]:
         """The base's fingerprint, and full hashes of the adapter files: a retrained adapter has the same sizes."""
         found = {"base": self.root.fingerprint(), "adapters": [adapter.file_hashes() for adapter in self.adapters]}
-        if not self._is_combined:
-            return found
-        return {**found, "weights": [a.weight for a in self.adapters], "combine": self.combination.to_json()}
+        return {**found, "combined": self.combined} if self.combined else found
 
     def file_hashes(self) -> dict[str, str]:
         """`base/FILE` and `adapter/FILE` → sha256, weights included; `adapters/0/FILE`, … where there are several."""
@@ -357,9 +359,9 @@ def merge(base: Base, adapters: Sequence[Adapter], combination: Combination | No
     adapter computes; Refusals for all that the combination cannot do exactly.
     """
     combination = combination or Combination()
+    check_together(adapters, combination)
     if not adapters:
         return MergedCheckpoint(base, adapters)
-    check_together(adapters, combination)
     if combination.method != SEQUENCE:
         return MergedCheckpoint(base, adapters, combination)
     view = MergedCheckpoint(base, adapters[:1], combination)

@@ -14,6 +14,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lora2edge.contracts import AdapterRef
+from lora2edge.errors import TargetError
+from lora2edge.recipe import dump_recipe, load_recipe
 from tests.cli.conftest import Model, Outcome
 from tests.tiny import make_adapter, make_checkpoint, make_data
 
@@ -161,6 +164,29 @@ def test_options_that_do_not_belong(options: list[str], code: str, lora2edge: Ru
     assert error(lora2edge("build", "--plan", "--base", small.base, *both, *options, "--json"))["code"] == code
 
 
+def test_a_method_needs_several(lora2edge: Run, small: Model) -> None:
+    for adapter in ([], ["--adapter", small.adapter]):
+        outcome = lora2edge("build", "--plan", "--base", small.base, *adapter, "--combine", "svd", "--json")
+        assert error(outcome)["code"] == "combine-method"
+
+
+def test_options_override_the_recipe(tmp_path: Path) -> None:
+    """As they do for every field: the adapters as a list, the settings of the combination one by one."""
+    (tmp_path / "near").mkdir()
+    (tmp_path / "recipe.yaml").write_text("adapter: [near=0.5, org/far@v1=-2]\ncombine: {method: ties, density: 0.5}\n")
+    recipe = load_recipe(tmp_path / "recipe.yaml", {})
+    assert recipe.adapters == (AdapterRef(str(tmp_path / "near"), 0.5), AdapterRef("org/far@v1", -2.0))
+    assert recipe.combination == {"method": "ties", "density": 0.5, "majority_sign": None, "svd_rank": None, "seed": 0}
+    again = load_recipe(tmp_path / "recipe.yaml", {"density": 0.2, "adapter": ("org/one",), "seed": 4})
+    assert again.adapters == (AdapterRef("org/one"),)
+    assert (again.combination["method"], again.combination["density"], again.combination["seed"]) == ("ties", 0.2, 4)
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml", {}) == recipe
+    (tmp_path / "bad.yaml").write_text("adapter: [a]\ncombine: {method: ties, densty: 0.5}\n")
+    with pytest.raises(TargetError, match="densty"):
+        load_recipe(tmp_path / "bad.yaml", {})
+
+
 def test_different_bases_must_be_named(lora2edge: Run, small: Model, tmp_path: Path) -> None:
     other = shutil.copytree(small.adapter, tmp_path / "other")
     config = json.loads((other / "adapter_config.json").read_text())
@@ -193,6 +219,11 @@ def test_build_of_a_sum(lora2edge: Run, small: Model, tmp_path: Path) -> None:
     measured = lora2edge("measure", out / report["targets"]["hf/merged"]["artifact"], "--json", "--tokens", "300")
     assert measured.code == 0, measured.err
     assert json.loads(measured.out)["reused"]
+    other = lora2edge(
+        "measure", out / report["targets"]["hf/merged"]["artifact"], "--json", "--adapter", small.adapter, "--adapter",
+        second(small),
+    )  # fmt: skip
+    assert error(other)["code"] == "other-model", "the same files with other weights are another model"
     resolved = yaml.safe_load((out / "recipe.resolved.yaml").read_text())
     assert resolved["adapter"] == [f"{small.adapter}=0.5", str(second(small))]
 

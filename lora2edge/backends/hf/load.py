@@ -22,7 +22,7 @@ def load_live(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
     (`MergedCheckpoint.reference`), it is their merge, unrounded.
     """
     require("torch", "transformers", "peft")
-    if ref.combine:
+    if ref.is_combined:
         return _load_combined(ref, dtype=dtype, device=device).to(device).eval()
     return _load_base(ref, dtype=dtype, device=device, adapters=ref.adapters).to(device).eval()
 
@@ -51,7 +51,7 @@ def _load_base(ref: CheckpointRef, *, dtype: str, device: str, adapters: Sequenc
 
 def find_reference(ref: CheckpointRef) -> str:
     """What the baseline is where the adapters have no live form; else ""."""
-    if not ref.combine:
+    if not ref.is_combined:
         return ""
     view = open_view(ref)
     view.close()
@@ -99,6 +99,7 @@ def _with_adapters(model: Any, adapters: Sequence[AdapterRef]) -> Any:
         if adapter.weight != 1:
             _scale(live, name, adapter.weight)
     if len(adapters) > 1:
+        names.sort(key=lambda name: not getattr(live.peft_config[name], "use_dora", False))  # `has_live_form` says why
         live.base_model.set_adapter(names)
     return live
 

@@ -3,6 +3,7 @@ and the float64 formula where PEFT is silently wrong."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,16 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lora2edge.adapters import Combination, MergedCheckpoint, merge, open_view, read_adapter
 from lora2edge.adapters.arithmetic import random_mask
+from lora2edge.backends.hf.load import load_live
 from lora2edge.calibration.model import build_model
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import AdapterRef, CheckpointRef
-from lora2edge.errors import AdapterError, Refusals
+from lora2edge.errors import AdapterError, CheckpointError, Refusals
 from tests.tiny import CHATML, bpe_tokenizer, make_adapter, make_checkpoint, randomize, shake_adapter
 
 IDS = torch.tensor([[5, 300, 77, 401, 12, 9, 600, 333, 2, 41, 150, 700]])
@@ -187,7 +189,7 @@ def test_sum_where_pefts_cat_is_silently_wrong(names: list[str], base: Path, mad
     assert error_between(peft_answers, merged_answers(view)) > 1e-3, "PEFT is right here now: say so in the docs"
 
 
-@pytest.mark.parametrize("names", [["dora", "a"], ["dora", "dora2"], ["loha", "a"], ["loha", "dora"]])
+@pytest.mark.parametrize("names", [["dora", "b"], ["dora", "dora2"], ["loha", "a"], ["loha", "dora"]])
 def test_sum_of_other_kinds_is_the_formula(names: list[str], base: Path, made: dict[str, Path]) -> None:
     adapters, weights = [made[name] for name in names], [0.5, -1.5]
     view = combined(base, adapters, weights)
@@ -222,6 +224,19 @@ def test_sum_with_ends_of_the_model(names: list[str], base: Path, made: dict[str
     assert view.config["tie_word_embeddings"] is all(single.config["tie_word_embeddings"] for single in singles)
     if names == ["head", "a"]:
         assert_equal_answers(view, answers(live_together(base, adapters)), base)
+
+
+@pytest.mark.parametrize("names", [["dora", "a"], ["a", "dora"]])
+def test_one_dora_in_a_sum_is_live_where_it_is_the_first_that_is_active(
+    names: list[str], base: Path, made: dict[str, Path]
+) -> None:
+    """PEFT's forward gives a DoRA what the adapters before it added, as if the base had computed it."""
+    adapters, weights = [made[name] for name in names], [1.0 if name == "dora" else 0.5 for name in names]
+    view = combined(base, adapters, weights)
+    assert view.reference == ""
+    assert_equal_answers(view, answers(load_live(view.ref, dtype="float32", device="cpu")), base)
+    in_order = answers(live_together(base, adapters, weights))
+    assert (error_between(in_order, merged_answers(view)) > 1e-2) is (names[0] == "a")
 
 
 # ---------------------------------------------------------------- PEFT's own combinations
@@ -483,3 +498,47 @@ def test_different_templates_are_refused_and_equal_ones_are_not(
 def test_a_weighted_reference_opens(base: Path, made: dict[str, Path]) -> None:
     view = open_view(CheckpointRef(str(base), (AdapterRef(str(made["a"]), 0.5),)))
     assert distance(change_in(view, NAME), 0.5 * change_of(base, made["a"], NAME)) < 1e-5
+
+
+def test_nan_in_the_base_is_named(base: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    """A decomposition of it would not end, or end in a traceback."""
+    shutil.copytree(base, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights[NAME][3, 5] = float("nan")
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    view = combined(tmp_path / "base", [made["dora"], made["dora2"]], method="svd")
+    with pytest.raises(CheckpointError) as error:
+        view.rows(NAME, 0, 4)
+    assert error.value.code == "base-nan"
+
+
+@pytest.mark.parametrize("names", [["resized", "a"], ["a", "resized"], ["resized", "embedding"], ["resized", "head"]])
+@pytest.mark.parametrize("method", ["sum", "sequence"])
+def test_a_resized_vocabulary_among_several(
+    method: str, names: list[str], base: Path, made: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load(base)
+    model.resize_token_embeddings(780, mean_resizing=False)
+    settings = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+    )
+    live = get_peft_model(model, settings)
+    shake_adapter(live, 0.1, 5)
+    live.save_pretrained(tmp_path / "resized", save_embedding_layers=False)
+    adapters = [made.get(name, tmp_path / "resized") for name in names]
+    if "a" not in names:
+        with pytest.raises(AdapterError) as error:
+            combined(base, adapters, method=method)
+        assert error.value.code in ({"combine-whole"} if method == "sum" else {"adapter-resized-vocabulary"})
+        return
+    view = combined(base, adapters, method=method)
+    assert view.config["vocab_size"] == view.tensors["model.embed_tokens.weight"].shape[0] == 780
+    assert merged_answers(view).shape[-1] == 780
+    alone = merge(open_checkpoint(base), [read_adapter(tmp_path / "resized")])
+    for end in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert np.array_equal(view.rows(end, 0, 780), alone.rows(end, 0, 780))
+        delta = view.delta(end, 700, 780)
+        assert delta is not None
+        np.testing.assert_allclose(delta, alone.delta(end, 700, 780), atol=1e-6)
+    wanted = change_of(base, made["a"], NAME) + change_in(alone, NAME)
+    assert distance(change_in(view, NAME), wanted) < 1e-5
