@@ -358,6 +358,8 @@ def test_conv1d_and_embeddings_combine_in_pefts_orientation(tmp_path: Path) -> N
         live = weighted_adapter(tmp_path / "gpt2", adapters, [0.7, 0.5], method, **settings)
         view = combined(tmp_path / "gpt2", adapters, [0.7, 0.5], method=method, **settings)
         assert error_between(merged_answers(view), answers(live)) <= RELATIVE, method
+    together = live_together(tmp_path / "gpt2", adapters, [0.7, 0.5])
+    assert_equal_answers(combined(tmp_path / "gpt2", adapters, [0.7, 0.5]), answers(together), tmp_path / "gpt2")
 
 
 # ---------------------------------------------------------------- sequences
