@@ -11,8 +11,10 @@ from typing import Any
 
 from lora2edge.adapters import MergedCheckpoint
 from lora2edge.backends.base import load_backend
+from lora2edge.backends.slabs import cores
 from lora2edge.bench.machine import describe
 from lora2edge.cache import stage_key
+from lora2edge.checkpoint import reading_ahead
 from lora2edge.contracts import MANIFEST, Artifact, Calibration, Manifest, Progress
 from lora2edge.errors import InputError
 from lora2edge.journal import read_marks, resumable_folder
@@ -68,10 +70,12 @@ def write_manifest(
     *,
     key: str,
     calibration: str | None,
+    merge_base: Mapping[str, Any] | None,
 ) -> None:
     """Hashes the files in `folder` and writes manifest.json beside them; a file's hash in the journal is taken.
 
-    `lowered` has the backend's `versions` and `notes`; `calibration` is the hash of the set that was used.
+    `lowered` has the backend's `versions` and `notes`; `calibration` is the hash of the set that was used,
+    `merge_base` what `MergeBases.record` says.
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     known = {name: mark.sha256 for name, mark in read_marks(folder).items() if mark.whole}
@@ -85,6 +89,7 @@ def write_manifest(
             "model": view.file_hashes(),
             "calibration": calibration,
             **({"combined": view.combined} if view.combined else {}),
+            **({"merge_base": dict(merge_base)} if merge_base else {}),
         },
         options=_portable(target),
         versions=dict(lowered["versions"]),
@@ -96,7 +101,12 @@ def write_manifest(
 
 
 def lower_here(
-    view: MergedCheckpoint, target: Target, calibration: Calibration | None, out: Path, progress: Progress
+    view: MergedCheckpoint,
+    target: Target,
+    calibration: Calibration | None,
+    out: Path,
+    progress: Progress,
+    merge_base: Mapping[str, Any] | None = None,
 ) -> None:
     """Lowers into the folder `out` in this process; `out` appears whole or not at all.
 
@@ -105,10 +115,10 @@ def lower_here(
     options = target.model_dump(mode="json", exclude={"gates", "scenarios", "description"})
     key = stage_key("lower", view.fingerprint(), options)
     with folder_of(out, key) as folder:
-        with reading_ahead(view, progress) as paced:
+        with reading_ahead(_weights(view), progress, cores()) as paced:
             lowered = load_backend(target.backend).lower(view, target, calibration, folder, paced)
         facts = {"versions": lowered.versions, "notes": lowered.notes}
-        write_manifest(folder, view, target, facts, key="", calibration=None)
+        write_manifest(folder, view, target, facts, key="", calibration=None, merge_base=merge_base)
 
 
 @contextlib.contextmanager
@@ -120,14 +130,13 @@ def folder_of(out: Path, key: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def reading_ahead(view: MergedCheckpoint, progress: Progress) -> Iterator[Progress]:
-    """Hashes the base's weights for the manifest while the block reads them: one pass over the disk serves both.
+def hashing_ahead(view: MergedCheckpoint, progress: Progress) -> Iterator[Progress]:
+    """Hashes the base's weights for the manifest while another process reads them: one pass over the disk serves both.
 
     The block says how far it is to the Progress that it gets; the hash stays at most AHEAD_BYTES in front, so that
     what it has read is still in memory when it is wanted. Where the block raises, the hash is given up.
     """
-    names = dict.fromkeys(tensor.shard for tensor in view.base.tensors.values())
-    paths = [path for path in (view.base.path / name for name in names) if path.is_file()]
+    paths = [path for path in _weights(view) if path.is_file()]
     pace = _Pace(progress, sum(path.stat().st_size for path in paths))
     thread = threading.Thread(target=_hash_all, args=(paths, pace))
     thread.start()
@@ -139,6 +148,11 @@ def reading_ahead(view: MergedCheckpoint, progress: Progress) -> Iterator[Progre
         pace.end(give_up=True)
         thread.join()
         raise
+
+
+def _weights(view: MergedCheckpoint) -> list[Path]:
+    """The base's files, in the order in which their tensors are read."""
+    return [view.base.path / name for name in dict.fromkeys(tensor.shard for tensor in view.base.tensors.values())]
 
 
 def _hash_all(paths: Sequence[Path], pace: _Pace) -> None:

@@ -64,6 +64,8 @@ def build(
             (out / name).unlink(missing_ok=True)
         write_atomic(out / "recipe.resolved.yaml", dump_recipe(recipe))
 
+        merge_base = pipeline.choose_merge_base(texts)
+        plan = pipeline.plan
         try:
             proof = pipeline.prove(texts)
         except ProofError:
@@ -88,8 +90,9 @@ def build(
             "started_at": started_at,
             "machine": describe(),
             "inputs": describe_inputs(plan, texts),
-            "merge": {**proof.result, "reused": proof.reused, "measured_at": proof.measured_at},
-            "baseline": {**reference.result, "reused": reference.reused, "measured_at": reference.measured_at},
+            "merge_base": merge_base,
+            "merge": proof.noted(),
+            "baseline": reference.noted(),
             "targets": targets,
             "stages": pipeline.record,
             "seconds": round(time.monotonic() - started, 3),
@@ -207,6 +210,7 @@ def describe_plan(survey: Survey) -> dict[str, Any]:
     return {
         "inputs": _inputs(survey.recipe, view, survey.adapters, None) if view else None,
         "adapters": survey.describe_adapters(),
+        "merge_base": _describe_bases(survey),
         "machine": asdict(survey.machine),
         "threads": survey.threads,
         "device": survey.device,
@@ -217,6 +221,14 @@ def describe_plan(survey: Survey) -> dict[str, Any]:
             "targets": {name: [error.as_dict() for error in errors] for name, errors in survey.refused.items()},
         },
     }
+
+
+def _describe_bases(survey: Survey) -> dict[str, Any] | None:
+    """How the base of the merge is chosen; None where there is nothing to choose."""
+    bases = survey.bases
+    if bases is None or not bases.quantized:
+        return None
+    return {"method": bases.method, "candidates": list(bases.candidates), "trained_on": bases.trained_on}
 
 
 def describe_inputs(plan: Plan, texts: Texts | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float32]
     IntArray = NDArray[np.int64]
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification"]
+Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification", "token-classification"]
 Message = Mapping[str, str]
 """`{"role": "user", "content": "…"}`"""
 
@@ -69,6 +69,8 @@ class CheckpointRef:
     adapters: tuple[AdapterRef, ...] = ()
     requantized: Mapping[str, Any] | None = None
     """Settings of bitsandbytes where the base's weights are those that 4-bit training on it saw."""
+    trust_remote_code: bool = False
+    """Whether the user allowed to run the code that the base comes with, in PyTorch."""
     combine: Mapping[str, Any] | None = None
     """How the adapters become one change (`adapters.Combination`); None: their weighted sum."""
 
@@ -85,7 +87,7 @@ class CheckpointRef:
     @property
     def alone(self) -> CheckpointRef:
         """The same base without adapters."""
-        return CheckpointRef(self.base, requantized=self.requantized)
+        return replace(self, adapters=())
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,7 +95,7 @@ class CheckpointRef:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> CheckpointRef:
         adapters = tuple(AdapterRef(**item) for item in data["adapters"])
-        return CheckpointRef(data["base"], adapters, data.get("requantized"), data.get("combine"))
+        return CheckpointRef(**{**data, "adapters": adapters})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,10 @@ class Base(Checkpoint, Protocol):
 
     @property
     def path(self) -> Path: ...
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights of it are made from quantized ones."""
+        ...
 
     def fingerprint(self) -> dict[str, Any]:
         """What the cache keys on, JSON-ready: hashes of small files; header, size, mtime and inode of large ones."""
@@ -407,7 +413,17 @@ class Backend(Protocol):
         """
         ...
 
-    def open(self, path: Path, target: Target, *, device: str, threads: int, slots: int, max_length: int) -> Session:
+    def open(
+        self,
+        path: Path,
+        target: Target,
+        *,
+        device: str,
+        threads: int,
+        slots: int,
+        max_length: int,
+        trust_remote_code: bool = False,
+    ) -> Session:
         """Opens the files that `lower` wrote."""
         ...
 

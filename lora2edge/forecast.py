@@ -14,6 +14,7 @@ from lora2edge.adapters import Adapter, MergedCheckpoint
 from lora2edge.bench.scenario import load_scenario
 from lora2edge.checkpoint import FLOAT_DTYPES, embedding_name, head_name, vocabulary_size
 from lora2edge.contracts import Base, Checkpoint, Estimate, Machine, TensorInfo
+from lora2edge.quality.proof import PROOF_POSITIONS
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target
 
@@ -112,6 +113,12 @@ def forecast_stages(
         note = runs or "baseline and artifact side by side"
         stages.append(StageForecast("bench", target.name, both, 0, budget, note))
     return stages
+
+
+def forecast_choice(view: Checkpoint, candidates: int, rate: float) -> StageForecast:
+    """The live model and each candidate in turn, on the proof's text."""
+    tokens = _PROMPT_SHARE * PROOF_POSITIONS * (1 + candidates)
+    return StageForecast("merge-base", None, proof_bytes(view), 0, tokens * 2.0 * active_weights(view) / rate)
 
 
 def proof_bytes(view: Checkpoint) -> int:

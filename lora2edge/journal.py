@@ -17,11 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
+from lora2edge.directio import BLOCK, aligned, set_direct, write_at
 from lora2edge.errors import Lora2EdgeError
 from lora2edge.storage import alone_in, busy, lock, replace_folder, sweep, writing
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+
+    from numpy.typing import NDArray
 
 FILES, JOURNAL = "files", "journal.jsonl"
 """In a working folder: the folder that is being written, and what is known of its files."""
@@ -31,6 +36,10 @@ SYNC_SECONDS = 2.0
 _CHUNK = 1 << 20
 _UNHASHED = 4
 """Appended pieces that may wait for their hash."""
+_STAGE_BYTES = 4 << 20
+_STAGES = 3
+"""Buffers of a growing file: one is filled while others are written, each at once."""
+STAGED_BYTES = _STAGE_BYTES * _STAGES
 _ORPHAN_SECONDS = 30.0
 """How long the stage process of a killed build may need to notice that nobody listens."""
 
@@ -125,17 +134,20 @@ class Journal:
 class GrowingFile:
     """A file that is appended to. It begins with what an earlier process made safe, checked by its hash.
 
-    Appending, hashing and bringing the bytes to the disk run side by side.
+    Appending, hashing, writing and bringing the bytes to the disk run side by side.
     """
 
-    def __init__(self, journal: Journal, name: str, ends: Container[int]) -> None:
-        """`ends`: the sizes that the file may have between two calls of `append`; with any other it begins anew."""
+    def __init__(self, journal: Journal, name: str, ends: Container[int], *, direct: bool = False) -> None:
+        """`ends`: the sizes that the file may have between two calls of `append`; with any other it begins anew.
+
+        With `direct` the bytes go past the page cache: right for a file that nobody reads soon.
+        """
         self.name = name
         self.size = 0
         """Bytes that are there."""
         self._journal = journal
         self._handle = os.open(journal.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._hashing, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._hashing, self._writing, self._syncing = (ThreadPoolExecutor(1) for _ in range(3))
         self._unhashed: deque[Future[None]] = deque()
         self._sync: Future[None] | None = None
         self._hash = hashlib.sha256()
@@ -145,18 +157,25 @@ class GrowingFile:
             if state.hexdigest() == mark.sha256:
                 self.size, self._hash = mark.size, state
         os.ftruncate(self._handle, self.size)
-        os.lseek(self._handle, self.size, os.SEEK_SET)
+        self._stages: deque[tuple[NDArray[np.uint8], Future[None] | None]]
+        self._stages = deque((aligned(_STAGE_BYTES), None) for _ in range(_STAGES))
+        self._stage, _ = self._stages.popleft()
+        """What is not written yet, with the block before it, where that is not full."""
+        self._staged = self.size % BLOCK
+        """Bytes in it."""
+        self._stage[: self._staged] = bytearray(os.pread(self._handle, self._staged, self.size - self._staged))
+        if direct:
+            set_direct(self._handle)
         self._synced_size, self._synced_at = self.size, time.monotonic()
 
     def __enter__(self) -> Self:
         return self
 
     def append(self, *parts: memoryview) -> None:
-        """Writes `parts` behind what is there. Raises OSError from the disk."""
+        """Puts `parts` behind what is there. Raises OSError from the disk, of this call or an earlier one."""
         for data in parts:
             self._unhashed.append(self._hashing.submit(self._hash.update, data))
-            _write(self._handle, data)
-            self.size += len(data)
+            self._put(np.frombuffer(data, np.uint8))
         while len(self._unhashed) > _UNHASHED:
             self._unhashed.popleft().result()
         waited = time.monotonic() - self._synced_at
@@ -165,8 +184,10 @@ class GrowingFile:
 
     def finish(self) -> None:
         """Brings all of it to the disk, and records the file as whole."""
+        self._flush().result()
         if self._sync is not None:
             self._sync.result()
+        os.ftruncate(self._handle, self.size)
         if self._journal.records:
             os.fsync(self._handle)
         digest = self._hashing.submit(self._hash.hexdigest).result()
@@ -175,9 +196,37 @@ class GrowingFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for threads in (self._hashing, self._syncing):
-            threads.shutdown(cancel_futures=error is not None)
+        for threads in (self._hashing, self._writing, self._syncing):
+            threads.shutdown()  # what is in flight is little, and may be what the next process goes on from
         os.close(self._handle)
+
+    def _put(self, data: NDArray[np.uint8]) -> None:
+        done = 0
+        while done < len(data):
+            count = min(len(data) - done, len(self._stage) - self._staged)
+            self._stage[self._staged : self._staged + count] = data[done : done + count]
+            self._staged += count
+            self.size += count
+            done += count
+            if self._staged == len(self._stage):
+                self._flush()
+
+    def _flush(self) -> Future[None]:
+        """Writes what is staged, in the background, up to the end of its last block: what is behind counts for nothing.
+
+        A block that is not full begins the next stage, and is written again with that.
+        """
+        full = self._staged // BLOCK * BLOCK
+        rest = self._staged - full
+        padded = self._stage[: full + BLOCK if rest else full]
+        written = self._writing.submit(write_at, self._handle, padded, self.size - self._staged)
+        following, busy = self._stages.popleft()
+        if busy is not None:
+            busy.result()
+        following[:rest] = self._stage[full : self._staged]
+        self._stages.append((self._stage, written))
+        self._stage, self._staged = following, rest
+        return written
 
     def _make_safe(self) -> None:
         """In the background, and not before the last time is over."""
@@ -186,9 +235,11 @@ class GrowingFile:
                 return
             self._sync.result()
         self._synced_size, self._synced_at = self.size, time.monotonic()
-        self._sync = self._syncing.submit(self._record, self.size, self._hashing.submit(self._hash.copy))
+        state = self._hashing.submit(self._hash.copy)
+        self._sync = self._syncing.submit(self._record, self.size, state, self._flush())
 
-    def _record(self, size: int, state: Future[_Hash]) -> None:
+    def _record(self, size: int, state: Future[_Hash], written: Future[None]) -> None:
+        written.result()
         os.fsync(self._handle)
         self._journal.add(Mark(self.name, size, state.result().hexdigest(), whole=False))
 

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from lora2edge.artifact import (
     RECORD,
     find_artifact,
     folder_of,
+    hashing_ahead,
     is_intact,
     open_artifact,
     read_record,
-    reading_ahead,
     write_manifest,
 )
 from lora2edge.backends.hf import open_baseline, open_merged
@@ -29,8 +30,9 @@ from lora2edge.cache import Cache, now, stage_key
 from lora2edge.calibration import calibrate
 from lora2edge.contracts import Progress, Sample
 from lora2edge.errors import ProofError
+from lora2edge.merge_base import MEASURE
 from lora2edge.plan import ANSWER_TOKENS, Plan
-from lora2edge.quality import MergeProof, join_proofs, record_reference, verify_merge
+from lora2edge.quality import MergeProof, choose_nearest, join_proofs, record_reference, verify_merge
 from lora2edge.stage import run_stage, stage_command
 from lora2edge.storage import sweep, write_json
 from lora2edge.target import Target
@@ -56,6 +58,10 @@ class Finished:
     seconds: float
     """What it took when it was measured."""
 
+    def noted(self) -> dict[str, Any]:
+        """The result, and when it was measured: for reports."""
+        return {**self.result, "reused": self.reused, "measured_at": self.measured_at}
+
 
 @dataclass(slots=True)
 class Pipeline:
@@ -66,6 +72,43 @@ class Pipeline:
     progress: Progress
     record: list[dict[str, Any]] = field(default_factory=list)
     """For the report: name, seconds, reused, measured_at of each stage, in order."""
+
+    def choose_merge_base(self, texts: Texts) -> dict[str, Any] | None:
+        """Settles which base the adapters are merged into, by measuring where that was asked for.
+
+        From then on `plan` has the chosen one. Returns what the report says of it; None where the adapters were not
+        trained on a quantized base. The live model is on the base that they were trained on.
+        """
+        measured = self._measure_bases(texts.calibration) if self.plan.bases.method == MEASURE else None
+        if measured:
+            self.plan = self.plan.on(measured.result["chosen"])
+        bases = self.plan.bases
+        if not bases.quantized:
+            return None
+        return {
+            "chosen": self.plan.merge_base,
+            "method": bases.method,
+            "trained_on": bases.trained_on,
+            "measured": measured.noted() if measured else None,
+        }
+
+    def _measure_bases(self, samples: list[Sample]) -> Finished:
+        plan = self.plan
+        session = {**self._session(samples), "dtype": "float32"}
+        views = {name: plan.on(name).merged for name in plan.bases.candidates}
+
+        def measure(folder: Path) -> dict[str, Any]:
+            return choose_nearest(
+                lambda: open_baseline(plan.baseline, **session),
+                {name: partial(open_merged, view, rounded=True, **session) for name, view in views.items()},
+                samples,
+                seed=plan.recipe.seed,
+                progress=self.progress,
+            )
+
+        keys = [view.fingerprint() for view in views.values()]
+        parts = [plan.baseline_key, keys, samples_digest(samples), session, plan.recipe.seed]
+        return self._cached("merge-base", parts, measure)
 
     def prove(self, texts: Texts) -> Finished:
         """Merged against live adapter, on the calibration text. Raises ProofError."""
@@ -127,12 +170,14 @@ class Pipeline:
                 progress=self.progress,
             )
 
-        return self._cached("baseline", [samples_digest(samples), session, dtype, plan.recipe.seed], measure)
+        parts = [plan.baseline_key, samples_digest(samples), session, dtype, plan.recipe.seed]
+        return self._cached("baseline", parts, measure)
 
     def lower_key(self, target: Target, calibration: Finished | None) -> str:
         """What an artifact of `target` is determined by. Gates and scenarios do not change its files."""
         options = target.model_dump(mode="json", exclude={"gates", "scenarios", "description"})
-        return stage_key("lower", self.plan.model_key, options, calibration.result["digest"] if calibration else None)
+        digest = calibration.result["digest"] if calibration else None
+        return stage_key("lower", self.plan.model_key, self._merge_base(), options, digest)
 
     def lower(self, target: Target, calibration: Finished | None, folder: Path) -> Finished:
         """The artifact in `folder`, whole; kept where it already is what this plan would write.
@@ -152,7 +197,7 @@ class Pipeline:
                 "calibration": str(calibration.path) if calibration else None,
                 "out": str(partial),
             }
-            with reading_ahead(self.plan.merged, self.progress) as paced:
+            with hashing_ahead(self.plan.merged, self.progress) as paced:
                 result = run_stage(request, paced, target.python)
             write_manifest(
                 partial,
@@ -161,6 +206,7 @@ class Pipeline:
                 result,
                 key=key,
                 calibration=calibration.key if calibration else None,
+                merge_base=self._merge_base(),
             )
             write_json(partial / RECORD, {**result, "measured_at": now()})
         return self._note("lower", _lowered(folder, key, reused=False), target)
@@ -175,6 +221,7 @@ class Pipeline:
             "artifact": str(artifact),
             "reference": str(reference.path),
             "seed": self.plan.recipe.seed,
+            "trust_remote_code": self.plan.recipe.trust_remote_code,
             **session,
         }
         key = [self._identity(artifact), reference.key, session]
@@ -197,6 +244,7 @@ class Pipeline:
 
         key = [
             self._identity(artifact),
+            plan.baseline_key,
             samples_digest(texts.test),
             [scenario.model_dump(mode="json") for scenario in scenarios],
             [fingerprint(), plan.device, plan.threads, dtype],
@@ -214,6 +262,7 @@ class Pipeline:
             "threads": plan.threads,
             "slots": scenario.slots,
             "max_length": context_needed(scenario, requests),
+            "trust_remote_code": plan.recipe.trust_remote_code,
         }
         sides: dict[str, dict[str, Any]] = {
             "baseline": {"checkpoint": plan.baseline.to_json(), "dtype": dtype},
@@ -227,6 +276,9 @@ class Pipeline:
                 commands[name] = Command(tuple(stage_command(path, target.python if name == "artifact" else None)))
             result = bench(commands["baseline"], commands["artifact"], requests, scenario, self.progress)
         return result.to_json()
+
+    def _merge_base(self) -> dict[str, Any] | None:
+        return self.plan.bases.record(self.plan.merge_base)
 
     # ------------------------------------------------------------ the record
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora2edge.adapters import Adapter, MergedCheckpoint
+from lora2edge.adapters import Adapter, MergedCheckpoint, merge
 from lora2edge.checkpoint import StoredCheckpoint
 from lora2edge.contracts import CheckpointRef, Machine
 from lora2edge.errors import refuse
 from lora2edge.forecast import stored_bytes, stored_dtype
+from lora2edge.merge_base import MergeBases
 from lora2edge.recipe import Recipe
 from lora2edge.survey import survey_build
 from lora2edge.target import Target
@@ -30,7 +31,10 @@ class Plan:
     recipe: Recipe
     base: StoredCheckpoint
     adapters: tuple[Adapter, ...]
+    bases: MergeBases
     merged: MergedCheckpoint
+    merge_base: str
+    """Which of `bases` the adapters are merged into; while that has to be measured, the first."""
     targets: tuple[Target, ...]
     machine: Machine
     threads: int
@@ -44,8 +48,19 @@ class Plan:
 
     @property
     def baseline(self) -> CheckpointRef:
-        """The live model that everything is measured against."""
-        return self.merged.ref
+        """The live model that everything is measured against: the adapters on the base that they were trained on."""
+        trained = self.bases.trained.ref
+        return replace(self.merged.ref, base=trained.base, requantized=trained.requantized)
+
+    @property
+    def baseline_key(self) -> dict[str, Any]:
+        """What determines the live model: for cache keys."""
+        return {**self.model_key, "base": self.bases.trained.fingerprint()}
+
+    def on(self, merge_base: str) -> Plan:
+        """The same plan with the adapters merged into that one of `bases`."""
+        merged = merge(self.bases.candidates[merge_base], self.adapters, self.merged.combination)
+        return replace(self, merged=merged, merge_base=merge_base)
 
     @property
     def model_key(self) -> dict[str, Any]:
@@ -82,12 +97,14 @@ def plan_build(
     """
     survey = survey_build(recipe, targets, out=out, force=force)
     refuse(survey.refusals)
-    assert survey.base is not None and survey.merged is not None
+    assert survey.base is not None and survey.bases is not None and survey.merged is not None
     return Plan(
         recipe=recipe,
         base=survey.base,
         adapters=survey.adapters,
+        bases=survey.bases,
         merged=survey.merged,
+        merge_base=next(iter(survey.bases.candidates)),
         targets=survey.targets,
         machine=survey.machine,
         threads=survey.threads,

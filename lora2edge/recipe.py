@@ -35,6 +35,24 @@ class Combine(BaseModel):
     svd_rank: int | None = None
 
 
+class QuantizedTraining(BaseModel):
+    """How a 16-bit base was quantized for training: transformers' BitsAndBytesConfig with load_in_4bit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_type: Literal["nf4", "fp4"]
+    """`bnb_4bit_quant_type`."""
+    double_quant: bool = False
+    """`bnb_4bit_use_double_quant`."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The `dtype` of from_pretrained; None: the one that the base is stored in. Not `bnb_4bit_compute_dtype`."""
+    blocksize: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
+    kernel: Literal["cuda", "cpu"] = "cuda"
+    """Where it was trained: the two round double-quantized scales differently."""
+    names: list[str] | None = None
+    """The weights that were quantized; None: of all linear layers but the output head."""
+
+
 class Recipe(BaseModel):
     """A build. Paths are absolute here, and relative to the recipe's folder in its file."""
 
@@ -46,6 +64,13 @@ class Recipe(BaseModel):
     """PEFT adapter folder or hub id, or several, each with an optional `=WEIGHT`; None: the base alone."""
     combine: Combine | None = None
     """A method's name, or a mapping; None: the weighted sum."""
+    trained_on: QuantizedTraining | str | None = None
+    """The quantized base that the adapter was trained on, where `base` is the original: "nf4", "nf4-double", "fp4",
+    "fp4-double", settings, or the folder or hub id of a saved one. "16bit": none, whatever its name says."""
+    merge_base: Literal["original", "dequantized", "measure"] | None = None
+    """Which base an adapter that was trained on a quantized one is merged into; None: measure where both are there."""
+    trust_remote_code: bool = False
+    """Run the code that the base comes with, where transformers has no model of its kind."""
     targets: list[str] = Field(default_factory=list)
     data: DataFiles | str | None = None
     """One JSONL file (split by a hash of the prompt, 80 to 20), or two."""
@@ -77,7 +102,7 @@ class Recipe(BaseModel):
         return {**(self.combine.model_dump() if self.combine else {}), "seed": self.seed}
 
 
-_PATH_FIELDS = ("base", "out")
+_PATH_FIELDS = ("base", "trained_on", "out")
 _COMBINE_OPTIONS = ("density", "majority_sign", "svd_rank")
 
 

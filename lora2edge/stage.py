@@ -1,13 +1,15 @@
 """One stage in a process of its own: both ends of the pipe.
 
-`python -m lora2edge.stage REQUEST.json` runs the stage that the request names, in whatever interpreter holds the
-libraries that it needs, and reports as JSON lines on standard output: progress, then one `result` or `error`.
+`python -m lora2edge.stage REQUEST.json PARENT` runs the stage that the request names, in whatever interpreter holds the
+libraries that it needs, and reports as JSON lines on standard output: progress, then one `result` or `error`. It
+dies with the process PARENT, however that ends.
 A process of its own gives each lowering and each measurement an honest peak memory, and lets backends whose
 pins exclude each other take part in one build.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -29,7 +31,9 @@ from lora2edge.errors import (
     Lora2EdgeError,
     MissingExtraError,
 )
-from lora2edge.storage import writing
+from lora2edge.storage import lives, writing
+
+_PR_SET_PDEATHSIG = 1
 
 # ---------------------------------------------------------------- the parent's end
 
@@ -89,8 +93,8 @@ def _death(stage: str, status: int, words: str, python: str | None) -> Lora2Edge
 
 
 def stage_command(request: Path, python: str | None = None) -> list[str]:
-    """The command line that runs the request file."""
-    return [python or sys.executable, "-m", "lora2edge.stage", str(request)]
+    """The command line that runs the request file for this process."""
+    return [python or sys.executable, "-m", "lora2edge.stage", str(request), str(os.getpid())]
 
 
 def _follow(lines: IO[str], progress: Progress) -> dict[str, Any] | None:
@@ -135,7 +139,8 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the request file `argv[0]`; returns the exit status."""
+    """Runs the request file `argv[0]` for the process `argv[1]`; returns the exit status."""
+    _die_with(int(argv[1]))
     from lora2edge.bench.worker import read_memory
     from lora2edge.progress import JsonLines
 
@@ -160,6 +165,18 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _die_with(parent: int) -> None:
+    """Asks Linux to kill this process when the one that started it is gone (prctl(2)); a SIGKILL lets that one no time.
+
+    A session of its own (`start_new_session`) keeps the terminal's signals away, and so the terminal's end, too.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent and not lives(parent):  # it died before; a wrapper script may stand between
+        os._exit(EXIT_INTERRUPTED)
 
 
 def _lower(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -198,6 +215,7 @@ def _measure(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         threads=request["threads"],
         slots=request["slots"],
         max_length=request["max_length"],
+        trust_remote_code=request["trust_remote_code"],
     )
     try:
         quality = measure_quality(session, reference, seed=request["seed"], progress=progress)
@@ -234,6 +252,7 @@ def _session(request: Mapping[str, Any]) -> NoReturn:
             threads=request["threads"],
             slots=request["slots"],
             max_length=request["max_length"],
+            trust_remote_code=request["trust_remote_code"],
         )
 
     serve_stdio(open_session)

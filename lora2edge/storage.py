@@ -37,8 +37,8 @@ def digest(data: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, hex, read in chunks; of a file that `hash_ahead` has read, what it found."""
-    if known := _HASHED.get(_identity(path)):
+    """sha256 of a file's bytes, hex, read in chunks; where `remember_sha256` was told, that."""
+    if known := _HASHED.get(identity(path)):
         return known
     state = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
@@ -52,16 +52,21 @@ def hash_ahead(path: Path, wait: Callable[[int], bool]) -> None:
 
     `wait(bytes)` is called before so many more are read, and may take its time; where it returns False, that was all.
     """
-    before, state = _identity(path), hashlib.sha256()
+    before, state = identity(path), hashlib.sha256()
     if before in _HASHED:
         return
     with path.open("rb", buffering=0) as file:
         while wait(_CHUNK):
             if not (chunk := file.read(_CHUNK)):
-                if _identity(path) == before:
-                    _HASHED[before] = state.hexdigest()
+                remember_sha256(path, before, state.hexdigest())
                 return
             state.update(chunk)
+
+
+def remember_sha256(path: Path, before: tuple[int, ...], sha256: str) -> None:
+    """Spares a later sha256_file of this process the reading; not where the file has changed since `before`."""
+    if identity(path) == before:
+        _HASHED[before] = sha256
 
 
 @contextlib.contextmanager
@@ -186,7 +191,7 @@ def sweep(path: Path, keep: Path | None = None) -> None:
             continue
         if kind == "resume":
             _remove_unlocked(left)
-        elif kind in {"partial", "old"} and owner.isdigit() and not _lives(int(owner)):
+        elif kind in {"partial", "old"} and owner.isdigit() and not lives(int(owner)):
             if kind == "old" and not path.exists():  # killed between the two renames
                 left.replace(path)
             else:
@@ -220,7 +225,7 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
     """Whether another process has this number. Our own was that of a dead one: in containers numbers repeat."""
     if process == os.getpid():
         return False
@@ -245,7 +250,7 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def identity(path: Path) -> tuple[int, ...]:
     """What tells a file from any other, and from itself before it was changed."""
     stat = path.stat()
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -14,7 +14,7 @@ from lora2edge.backends.base import load_backend
 from lora2edge.bench.machine import available
 from lora2edge.bench.scenario import load_scenario
 from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
-from lora2edge.contracts import AdapterRef, Estimate, Machine
+from lora2edge.contracts import AdapterRef, Estimate, Machine, Task
 from lora2edge.errors import (
     AdapterError,
     CheckpointError,
@@ -29,15 +29,17 @@ from lora2edge.forecast import (
     StageForecast,
     find_coverage,
     find_delta,
+    forecast_choice,
     forecast_stages,
     match_base,
     operations_per_second,
     proof_bytes,
 )
+from lora2edge.merge_base import MEASURE, MergeBases, find_bases
 from lora2edge.output import check_out
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target, load_target
-from lora2edge.texts import read_items
+from lora2edge.texts import check_template, read_items
 
 T = TypeVar("T")
 
@@ -52,8 +54,10 @@ class Survey:
     base: StoredCheckpoint | None = None
     """None, as the next two, where it could not be opened."""
     adapters: tuple[Adapter, ...] = ()
+    bases: MergeBases | None = None
+    """None also where it is not known what the adapter was trained on."""
     merged: MergedCheckpoint | None = None
-    """None also where the adapter does not fit the base."""
+    """On the first of `bases`; None also where the adapter does not fit it."""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     """By the names of the targets that can be lowered."""
     errors: tuple[InputError, ...] = ()
@@ -77,7 +81,10 @@ class Survey:
         if self.merged is None:
             return []
         code = own_code(self.merged.config)
-        return forecast_stages(self.merged, self.targets, self.estimates, self.recipe, self.rate, code)
+        stages = forecast_stages(self.merged, self.targets, self.estimates, self.recipe, self.rate, code)
+        if self.bases and self.bases.method == MEASURE:
+            stages.insert(1, forecast_choice(self.merged, len(self.bases.candidates), self.rate))
+        return stages
 
     @property
     def device(self) -> str:
@@ -139,17 +146,20 @@ def survey_build(
     complete = refs is not None and len(adapters) == len(refs)
     base = None
     if recipe.base or adapters or complete:  # an adapter that cannot be read names no base
-        base = _try(errors, partial(_open_base, recipe.base, adapters, combination))
-    merged = None
+        base = _try(errors, partial(_open_base, recipe, adapters, combination))
+    bases = merged = None
     if base is not None and complete and combination is not None:
-        merged = _try(errors, partial(merge, base, adapters, combination))
-    survey = Survey(recipe, tuple(targets), machine, base, adapters, merged, errors=tuple(errors))
+        bases = _try(errors, partial(find_bases, recipe, base, adapters))
+    if bases is not None:
+        merged = _try(errors, partial(merge, next(iter(bases.candidates.values())), adapters, combination))
+    survey = Survey(recipe, tuple(targets), machine, base, adapters, bases, merged, errors=tuple(errors))
     return survey if merged is None else _survey_targets(survey, merged, out)
 
 
 def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) -> Survey:
     """What the backends and the machine say to it."""
     errors, estimates, refused = list(survey.errors), {}, {}
+    _try(errors, partial(check_template, merged.tokenizer))
     for target in survey.targets:
         own: list[InputError] = []
         estimate = _try(own, partial(load_backend(target.backend).check, merged, target, survey.machine))
@@ -158,7 +168,9 @@ def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) 
         else:
             refused[target.name] = tuple(own)
     if survey.recipe.data is not None:
-        _try(errors, partial(check_code, merged.config))
+        if not survey.recipe.trust_remote_code:
+            _try(errors, partial(check_code, merged.config))
+        _try(errors, partial(check_task, merged.task))
         _check_memory(merged, survey.machine, errors)
     _check_disk(estimates, survey.machine, out, errors)
     rate = operations_per_second(survey.machine)
@@ -174,9 +186,20 @@ def check_code(config: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             "custom-code",
             f"the base is run by code of its own, {code}",
-            why="merge proof, importance matrix and quality would have to run it: that needs --trust-remote-code, "
-            "which this version does not have",
-            hint="`lora2edge merge` and `lora2edge lower` without --data go by the tensors' names and run no code",
+            why="merge proof, importance matrix and quality would have to run it",
+            hint="--trust-remote-code, where you trust it; `lora2edge merge` and `lora2edge lower` without --data go "
+            "by the tensors' names and run no code",
+        )
+
+
+def check_task(task: Task) -> None:
+    """Refuses to measure what does not continue a text. Merging and lowering to safetensors need no task."""
+    if task != "causal-lm":
+        raise UnsupportedError(
+            "task",
+            f"{task} models cannot be measured yet",
+            why="merge proof, importance matrix and quality are taken over the tokens of a response",
+            hint="`lora2edge merge` without --prove writes the merged checkpoint",
         )
 
 
@@ -200,12 +223,10 @@ def _read_weighted(ref: AdapterRef) -> Adapter:
     return replace(read_adapter(ref.path), weight=ref.weight)
 
 
-def _open_base(
-    name: str | None, adapters: Sequence[Adapter], combination: Combination | None = None
-) -> StoredCheckpoint:
+def _open_base(recipe: Recipe, adapters: Sequence[Adapter], combination: Combination | None) -> StoredCheckpoint:
     """The base that was asked for, or the one that the adapters name, at the revision that they name."""
-    if name is not None:
-        return open_checkpoint(name)
+    if recipe.base is not None:
+        return open_checkpoint(recipe.base, trust_remote_code=recipe.trust_remote_code)
     if combination and combination.method != "sequence":
         _check_one_base(adapters)
     adapter = adapters[0] if adapters else None
@@ -219,7 +240,7 @@ def _open_base(
         )
     revision = f"@{adapter.revision}" if adapter.revision and not Path(named).is_dir() else ""
     try:
-        return open_checkpoint(named + revision)
+        return open_checkpoint(named + revision, trust_remote_code=recipe.trust_remote_code)
     except CheckpointError as error:
         if error.code != "no-checkpoint":
             raise

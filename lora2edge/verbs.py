@@ -13,6 +13,7 @@ from lora2edge.cache import Cache
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Artifact, Progress
 from lora2edge.errors import InputError
+from lora2edge.merge_base import refuse_unmeasured
 from lora2edge.output import check_replaceable
 from lora2edge.pipeline import Finished, Pipeline
 from lora2edge.plan import Plan, load_all_texts, load_calibration_texts, plan_build
@@ -31,11 +32,17 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
         raise InputError("no-data", "--prove needs text", why="it compares on it", hint="--prove --data FILE.jsonl")
     plan = plan_build(recipe, [load_target("hf/merged")], out=out, force=True)
     plan.check_adapters()
+    if recipe.data is None:
+        refuse_unmeasured(plan.bases)
     check_replaceable(out, [plan.base.path, *(adapter.path for adapter in plan.adapters)], force=force)
     result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors)}
-    if prove:
-        result["merge"] = Pipeline(plan, Cache(), progress).prove(load_calibration_texts(plan)).result
-    lower_here(plan.merged, plan.targets[0], None, out, progress)
+    if recipe.data is not None:
+        pipeline, texts = Pipeline(plan, Cache(), progress), load_calibration_texts(plan)
+        result["merge_base"] = pipeline.choose_merge_base(texts)
+        plan = pipeline.plan
+        if prove:
+            result["merge"] = pipeline.prove(texts).result
+    lower_here(plan.merged, plan.targets[0], None, out, progress, plan.bases.record(plan.merge_base))
     checks = plan.merged.checks  # of the rows that this run computed; others passed in the run before
     return {**result, "adapted": len(plan.merged.adapted), "worst_formula_error": max(checks.values(), default=0.0)}
 
@@ -47,9 +54,14 @@ def lower_all(recipe: Recipe, *, force: bool, progress: Progress) -> list[dict[s
     out = Path(recipe.out)
     plan = plan_build(recipe, out=out, force=force)
     plan.check_adapters()
-    pipeline = Pipeline(plan, Cache(), progress)
+    pipeline, calibration = Pipeline(plan, Cache(), progress), None
+    if recipe.data is None:
+        refuse_unmeasured(plan.bases)
     with alone_in(out):
-        calibration = pipeline.calibrate(load_calibration_texts(plan)) if recipe.data is not None else None
+        if recipe.data is not None:
+            texts = load_calibration_texts(plan)
+            pipeline.choose_merge_base(texts)
+            calibration = pipeline.calibrate(texts)
         return [_lower_one(pipeline, target, calibration, out) for target in plan.targets]
 
 
@@ -147,6 +159,8 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
     artifact = open_artifact(path)
     resolved = path.resolve().parent.parent / "recipe.resolved.yaml"
     recipe = load_recipe(resolved if resolved.exists() else None, options)
+    if merged_into := artifact.manifest.inputs.get("merge_base"):
+        recipe = recipe.model_copy(update={"merge_base": merged_into["chosen"]})
     if recipe.data is None:
         raise InputError(
             "no-data", "there is no text to measure on", why=f"{resolved} does not exist", hint="--data FILE.jsonl"

@@ -10,6 +10,7 @@ from typing import Any
 from tests.tiny import bpe_tokenizer, randomize
 
 VOCAB = 384
+_RANK = 4
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -114,7 +115,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "t5": Architecture(
         "T5ForConditionalGeneration", "T5Config",
         {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-        ("q", "k", "v", "o", "wi", "wo"), ("wo",), "shared", "lm_head", task="SEQ_2_SEQ_LM",
+        ("q", "k", "v", "o", "wi", "wo"), ("wo",), "embed_tokens", "lm_head", task="SEQ_2_SEQ_LM",
     ),
 }  # fmt: skip
 
@@ -128,9 +129,22 @@ def make_model(architecture: Architecture, folder: Path) -> Any:
     config._attn_implementation = "eager"
     model = getattr(transformers, architecture.model_class)(config).to(torch.float32).eval()
     randomize(model, 0)
+    _widen_gaps(model)
     model.save_pretrained(folder)
     bpe_tokenizer(VOCAB - 8).save_pretrained(folder)
     return model
+
+
+def _widen_gaps(model: Any) -> None:
+    """Sets the first singular values apart from the others: what PEFT's float32 takes for them in PiSSA is exact."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+                values[:_RANK] *= 1.25
+                weight.copy_(left * values @ right)
 
 
 def _lora(**settings: Any) -> Callable[[Architecture], Any]:
@@ -139,7 +153,7 @@ def _lora(**settings: Any) -> Callable[[Architecture], Any]:
 
         given = {key: value(architecture) if callable(value) else value for key, value in settings.items()}
         given = {"target_modules": list(architecture.layers), **given}
-        return LoraConfig(r=4, lora_alpha=6, task_type=architecture.task, **given)
+        return LoraConfig(r=_RANK, lora_alpha=6, task_type=architecture.task, **given)
 
     return make
 
@@ -160,6 +174,8 @@ KINDS: Mapping[str, Callable[[Architecture], Any]] = {
     "rsLoRA": _lora(use_rslora=True),
     "DoRA": _lora(use_dora=True),
     "lora_bias": _lora(lora_bias=True),
+    "bias: all": _lora(bias="all"),
+    "bias: lora_only": _lora(bias="lora_only"),
     "rank_pattern, alpha_pattern": _lora(
         rank_pattern=lambda a: {a.layers[0]: 2}, alpha_pattern=lambda a: {a.layers[-1]: 11}
     ),
@@ -169,6 +185,8 @@ KINDS: Mapping[str, Callable[[Architecture], Any]] = {
     "target_parameters (experts)": _lora(target_modules=[], target_parameters=lambda a: list(a.parameters)),
     "modules_to_save (head)": _lora(modules_to_save=lambda a: [a.head]),
     "modules_to_save (embedding)": _lora(modules_to_save=lambda a: [a.embedding]),
+    "PiSSA": _lora(init_lora_weights="pissa"),
+    "OLoRA": _lora(init_lora_weights="olora"),
     "AdaLoRA": _other("AdaLora", init_r=4, target_r=4, lora_alpha=6, total_step=10),
     "LoHa": _other("LoHa", r=3, alpha=5),
     "LoKr": _other("LoKr", r=3, alpha=5),

@@ -451,7 +451,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "fan_in_fan_out": _FLAG,
         "ensure_weight_tying": _FLAG,
         "bias": (7, True, ["none"], "some", {"a": 1}),
-        "init_lora_weights": (7, ["x"], {"a": 1}, "pissa", "unheard_of"),
+        "init_lora_weights": (7, ["x"], {"a": 1}, "pissa_niter_4", "unheard_of"),
         "base_model_name_or_path": _TEXT,
         "revision": _TEXT,
     },
@@ -709,9 +709,34 @@ def _folders() -> Iterator[Case]:
         yield Case(f"template-{word}", write, verbs=LOWER)
 
 
+def _endless_templates() -> Iterator[Case]:
+    """Chat templates that do not end, or take all memory: while they are parsed, or while they are rendered."""
+    loop = "{% for a in range(99999) %}"
+    templates = {
+        "loops": loop * 3 + "x" + "{% endfor %}" * 3,
+        "loops-that-write": loop * 2 + "{{ 'x' * 1000 }}" + "{% endfor %}" * 2,
+        "power": "{{ 9 ** (9 ** 9) }}",
+        "power-of-variable": "{{ messages | length ** (9 ** 9 + messages | length) }}",
+        "power-at-run-time": "{% set n = 9 + messages | length %}{{ n ** (n ** n) }}",
+        "text": "{{ 'x' * 10 ** 10 }}",
+        "text-at-run-time": "{{ messages[0].content * 10 ** 10 }}",
+        "text-that-fits": "{{ messages[0].content * 10 ** 7 }}",
+        "doubling": "{% set ns = namespace(t='x') %}{% for a in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+        "padding": "{{ '%999999999999d' % 7 }}{{ '{:9999999999}'.format(7) }}",
+        "recursion": "{% macro f(n) %}{{ f(n) ~ f(n) }}{% endmacro %}{% for a in range(99999) %}"
+        "{% for b in range(99999) %}{{ 'a' | upper }}{% endfor %}{% endfor %}",
+    }
+    for word, template in templates.items():
+
+        def write(folders: Folders, template: str = template) -> None:
+            (folders.base / "chat_template.jinja").write_text(template)
+
+        yield Case(f"endless-template-{word}", write, "chat template", "chat-template-refused")
+
+
 CASES: tuple[Case, ...] = tuple(
     itertools.chain(
         _truncated(), _flipped(), _lengths(), _entries(), _headers(), _names(), _values(), _texts(), _nodes(),
-        _wrong(), _patterns(), _indexes(), _tokenizers(), _folders(),
+        _wrong(), _patterns(), _indexes(), _tokenizers(), _folders(), _endless_templates(),
     )
 )  # fmt: skip

@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 HERE = Path(__file__).parent
 SEED = 11
@@ -77,18 +83,39 @@ def learning_rate(done: float) -> float:
     return PEAK_LR * min(done / 0.05, 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def open_base(path: Path, quant_type: str | None) -> PreTrainedModel:
+    """The base in float32, or (QLoRA, arXiv 2305.14314) in 4 bits with double quantization, by bitsandbytes."""
+    if quant_type is None:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=settings)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad = False
+        if "norm" in name:  # as peft.prepare_model_for_kbit_training does
+            parameter.data = parameter.data.float()
+    return base
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--out", type=Path, default=HERE / "adapter")
+    parser.add_argument("--load-in-4bit", choices=["nf4", "fp4"], help="train on a base in 4 bits, with bitsandbytes")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(2)
-    torch.manual_seed(SEED)
-    rng = random.Random(SEED)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    rng = random.Random(options.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     examples = read_examples(tokenizer, HERE / "data" / "train.jsonl")
-    base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+    base = open_base(options.base, options.load_in_4bit)
     base.name_or_path = base.config._name_or_path = BASE_NAME
     model = get_peft_model(
         base, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora2edge.adapters.ends import Change
 from lora2edge.adapters.kinds.lora import LowRank
 from lora2edge.adapters.parts import Part, Update
-from lora2edge.adapters.places import Change
 from lora2edge.contracts import Base
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def read_unadapted(base: Base, change: Change, shape: tuple[int, ...], start: in
 
 def load_update(base: Base, change: Change, part: Part, shape: tuple[int, ...]) -> Update:
     """The part with its tensors in memory, for rows as they are stored, whichever way round that is."""
-    if not change.transposed:
+    started = isinstance(part, LowRank) and part.start is not None
+    if not change.transposed and not started:
         return part.load()
 
     def slabs() -> Iterator[tuple[int, int, FloatArray]]:
@@ -43,7 +44,7 @@ def load_update(base: Base, change: Change, part: Part, shape: tuple[int, ...]) 
             yield start, stop, read_unadapted(base, change, shape, start, stop)
 
     if isinstance(part, LowRank):
-        return part.load_transposed(slabs)
+        return part.load_for(slabs, transposed=change.transposed)
     weight = np.concatenate([rows for _, _, rows in slabs()])
     return _Whole(np.ascontiguousarray(part.load().apply(weight.T.copy(), 0, weight.shape[1]).T))
 

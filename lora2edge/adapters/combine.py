@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from lora2edge.adapters.ends import Change, Placement
 from lora2edge.adapters.joint import Joint, Member
 from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank, TokenRows
 from lora2edge.adapters.methods import FACTORED, SEQUENCE, SUM, TRUNCATED, Combination
-from lora2edge.adapters.places import Change, Placement, place_adapter
+from lora2edge.adapters.places import place_adapter
 from lora2edge.adapters.read import Adapter
 from lora2edge.checkpoint import embedding_name, tokenizer_files
 from lora2edge.contracts import Base, TensorInfo
@@ -69,7 +70,10 @@ def has_live_form(adapters: Sequence[Adapter], combination: Combination) -> bool
             and not adapter.saved
             and not adapter.replaced
             and (adapter not in doras or adapter.weight == 1)
-            and all(isinstance(part, AddedBias | LowRank) for part in adapter.parts.values())
+            and all(
+                isinstance(part, AddedBias) or (isinstance(part, LowRank) and part.start is None)
+                for part in adapter.parts.values()
+            )
             for adapter in adapters
         )
     )
@@ -158,6 +162,10 @@ def _is_whole(change: Change) -> bool:
     return change.whole is not None or isinstance(change.part, TokenRows)
 
 
+def _is_plain(part: LowRank) -> bool:
+    return part.magnitude is None and part.start is None
+
+
 def _is_as_it_is(member: Member, combination: Combination) -> bool:
     return combination.method == SUM and member.weight == 1
 
@@ -178,7 +186,7 @@ def _problems(
         elif wholes and wholes[0].weight != 1:
             found.setdefault(weighted, []).append(name)
         elif not wholes and method in FACTORED:
-            pairs = [part for part in parts if isinstance(part, LowRank) and part.magnitude is None]
+            pairs = [part for part in parts if isinstance(part, LowRank) and _is_plain(part)]
             if any(part not in pairs and not isinstance(part, AddedBias) for part in parts):
                 found.setdefault(factors, []).append(name)
             elif len({part.rank for part in pairs}) > 1:

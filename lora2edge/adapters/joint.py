@@ -10,11 +10,11 @@ import numpy as np
 
 from lora2edge.adapters.arithmetic import add_weighted, drop_random, keep_largest, merge_elected, random_mask
 from lora2edge.adapters.changes import load_update
+from lora2edge.adapters.ends import Change
 from lora2edge.adapters.kinds.common import whole
 from lora2edge.adapters.kinds.lora import ExpertPair, LowRank, PairUpdate
 from lora2edge.adapters.methods import FACTORED, SUM, TRUNCATED, Combination
 from lora2edge.adapters.parts import Update
-from lora2edge.adapters.places import Change
 from lora2edge.contracts import Base
 from lora2edge.errors import CheckpointError
 

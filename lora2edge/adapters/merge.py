@@ -23,11 +23,12 @@ from lora2edge.adapters.combine import (
     combine_placements,
     has_live_form,
 )
+from lora2edge.adapters.ends import Change
 from lora2edge.adapters.joint import Joint
-from lora2edge.adapters.kinds.lora import PairUpdate
+from lora2edge.adapters.kinds.lora import LowRank, PairUpdate
 from lora2edge.adapters.methods import SEQUENCE, Combination
 from lora2edge.adapters.parts import Update
-from lora2edge.adapters.places import Change, place_adapter
+from lora2edge.adapters.places import place_adapter
 from lora2edge.adapters.read import Adapter, read_adapter
 from lora2edge.checkpoint import (
     BnbSettings,
@@ -47,6 +48,8 @@ TOLERANCE = 4e-6
 """Largest relative error of the formula check. float32 sums give 1e-7 to 5e-7; one wrong pair gives far more."""
 
 _UPDATES_KEPT = 4
+_LOADING_COPIES = 3
+"""Of an update's tensors, while it is loaded: as stored, in float32, and scaled or turned."""
 
 
 class MergedCheckpoint:
@@ -80,6 +83,11 @@ class MergedCheckpoint:
     def path(self) -> Path:
         """The base's folder."""
         return self.base.path
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base has quantized weights."""
+        return self.base.is_quantized
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -264,6 +272,23 @@ class MergedCheckpoint:
     def _levels(self) -> list[MergedCheckpoint]:
         return [*(self._inner._levels() if self._inner else ()), self]
 
+    def update_bytes(self) -> int:
+        """Memory at most of the adapters' tensors, in float32: of the updates that are kept and two that are loaded."""
+        largest = whole = 0
+        for name, change in self._changes.items():
+            members = change.part.members if isinstance(change.part, Joint) else ()
+            size = 0
+            for each in (member.change for member in members) if members else (change,):
+                if each.part is not None:
+                    stored = each.adapter.reader.tensors
+                    size += sum(stored[tensor].size for tensor in each.part.tensors if tensor in stored)
+                    if each.transposed and not isinstance(each.part, LowRank):
+                        size += self._tensors[name].size  # merged whole
+            largest = max(largest, size)
+            whole = max(whole, change.part.cost[0] if isinstance(change.part, Joint) else 0)
+        before = self._inner.update_bytes() if self._inner else 0
+        return 4 * largest * (_UPDATES_KEPT + 2 * _LOADING_COPIES) + whole + before
+
     def module_names(self, name: str) -> list[str]:
         return self.base.module_names(name) if name in self.base.tensors else [name]
 
@@ -332,6 +357,8 @@ class MergedCheckpoint:
             error = float(np.linalg.norm(rows @ update.probe - expected))
         size = float(np.linalg.norm(before)) + float(np.linalg.norm(change))
         relative = error / size if size else error
+        if relative > TOLERANCE:  # few rows may be nearly at right angles to the probe
+            relative = error / max(size, float(np.linalg.norm(rows)))
         with self._lock:
             self._own_checks[name] = max(relative, self._own_checks.get(name, 0.0))
         if relative <= TOLERANCE:
@@ -378,7 +405,7 @@ def open_view(ref: CheckpointRef) -> MergedCheckpoint:
 
 def open_base(ref: CheckpointRef) -> Base:
     """The base of `ref` alone, as its adapters were trained on it."""
-    base = open_checkpoint(ref.base)
+    base = open_checkpoint(ref.base, trust_remote_code=ref.trust_remote_code)
     return base if ref.requantized is None else requantized(base, BnbSettings.from_json(ref.requantized))
 
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
-import numpy as np
-
-from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank, TokenRows
+from lora2edge.adapters.ends import (
+    Change,
+    Ends,
+    Placement,
+    WholeTensor,
+    ambiguous,
+    check_called,
+    equal,
+    find_ends,
+    settle_tie,
+    share,
+)
+from lora2edge.adapters.kinds.common import SAVE_AGAIN
+from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank
+from lora2edge.adapters.kinds.starts import OLORA
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter, is_saved
-from lora2edge.checkpoint import ExpertPlace, TensorReader, embedding_name, expert_place, head_name
+from lora2edge.adapters.settings import RESIDUAL_HINT
+from lora2edge.checkpoint import ExpertPlace, expert_place
 from lora2edge.contracts import Base, TensorInfo
 from lora2edge.errors import AdapterError
 
-if TYPE_CHECKING:
-    from lora2edge.contracts import FloatArray
-
 _TASKS = {
     "CAUSAL_LM": "causal-lm",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
     "SEQ_CLS": "sequence-classification",
     "TOKEN_CLS": "token-classification",
 }
@@ -38,42 +48,6 @@ _BIAS_SWITCHES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gemma3_text": {"attention_bias": _ATTENTION},
 }
 """model_type → setting of config.json → the layers that have a bias when it is true (transformers' model classes)."""
-_UNTIED: Mapping[str, Any] = {"tie_word_embeddings": False}
-_HEAD_OF = {"gpt_neox": "embed_out.weight"}
-_COMPARED_AT_ONCE = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class WholeTensor:
-    """A tensor of the adapter that stands in for one of the base."""
-
-    reader: TensorReader
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """How one tensor of the view is made: `whole` or else the base's `source`, updated by the part."""
-
-    adapter: Adapter
-    source: str | None
-    """None: zeros, for a bias that the base does not have."""
-    whole: WholeTensor | None = None
-    part: Part | None = None
-    transposed: bool = False
-    """Whether the tensor is stored the other way round than PEFT's part has it: embeddings of LoRA, and Conv1D."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The adapter, seen from the base."""
-
-    changes: dict[str, Change]
-    """By the view's tensor names."""
-    added: tuple[TensorInfo, ...] = ()
-    """Tensors that the base's files lack, or have in another shape: an untied head, biases, resized embeddings."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json must say from now on, beside what it said."""
 
 
 def place_adapter(base: Base, adapter: Adapter) -> Placement:
@@ -82,18 +56,19 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
     Raises AdapterError where one has none, has another shape, or where PEFT itself is ambiguous.
     """
     _check_task(base, adapter)
-    ends = _ends(base)
+    ends = find_ends(base)
+    check_called(adapter, ends)
     _check_saved(base, adapter, ends)
     misfits: list[str] = []
     whole: dict[str, str] = {}
     for path, tensor in adapter.replaced.items():
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
-    if ends.tied:
-        _share(adapter, ends, whole)
+    share(adapter, ends, whole)
     for path, tensor in adapter.saved.items():
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
+    _check_biases(base, adapter, ends, whole)
     shapes = {name: adapter.reader.tensors[tensor].shape for name, tensor in whole.items()}
     vocabulary = _resized(base, ends, shapes)
     parts: dict[str, Part] = {}
@@ -107,33 +82,34 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
             biases[path] = part
     if misfits:
         raise _other_base(adapter, misfits)
+    parts = {name: _without_start(base, ends, name, part, whole) for name, part in parts.items()}
     changes = {}
     for name in {**whole, **parts}:
         source = ends.source(name)
         stand_in = WholeTensor(adapter.reader, whole[name]) if name in whole else None
-        if stand_in and _equal(base, source, stand_in.reader, stand_in.name):
+        if stand_in and equal(base, source, stand_in.reader, stand_in.name):
             stand_in = None
         if stand_in or name in parts:
             transposed = name in parts and _is_transposed(base, parts[name])
             changes[name] = Change(adapter, source, stand_in, parts.get(name), transposed)
-    placement = _settle_tie(base, adapter, ends, changes)
+    placement = settle_tie(base, adapter, ends, changes)
     if vocabulary is not None:
         placement = _resize(base, ends, placement, vocabulary)
     return _add_biases(base, adapter, biases, placement)
 
 
-def _resized(base: Base, ends: _Ends, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def _resized(base: Base, ends: Ends, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Rows of a vocabulary that was resized before training; None where it was not.
 
     Raises AdapterError where the adapter does not hold all rows of both ends: what PEFT fills in is random.
     """
-    given = {name: shapes[name][0] for name in (ends.embedding, ends.head) if name and name in shapes}
+    given = {name: shapes[name][0] for name in ends.names if name in shapes}
     before = base.tensors[ends.embedding].shape[0] if ends.embedding else 0
     if not ends.embedding or not set(given.values()) - {before}:
         return None
-    wanted = {ends.embedding, ends.head} if ends.head_stored or ends.tied else {ends.embedding}
+    wanted = {ends.embedding} if ends.head in ends.unstored and not ends.tied else {ends.embedding, ends.head}
     rows = max(given.values())
-    if given == dict.fromkeys(wanted, rows):
+    if given == dict.fromkeys(wanted, rows) and ends.is_called:
         return rows
     raise AdapterError(
         "adapter-resized-vocabulary",
@@ -143,7 +119,7 @@ def _resized(base: Base, ends: _Ends, shapes: Mapping[str, tuple[int, ...]]) -> 
     )
 
 
-def _resize(base: Base, ends: _Ends, placement: Placement, rows: int) -> Placement:
+def _resize(base: Base, ends: Ends, placement: Placement, rows: int) -> Placement:
     """Gives both ends their new number of rows."""
     infos = {info.name: info for info in placement.added}
     for name in (ends.embedding, ends.head):
@@ -153,41 +129,14 @@ def _resize(base: Base, ends: _Ends, placement: Placement, rows: int) -> Placeme
     return Placement(placement.changes, tuple(infos.values()), {**placement.config, "vocab_size": rows})
 
 
-@dataclass(frozen=True, slots=True)
-class _Ends:
-    """The two ends of the model: token embedding and output head."""
-
-    embedding: str | None
-    head: str
-    """The head's own name, whether or not the files have it."""
-    head_stored: bool
-    tied: bool
-
-    def source(self, name: str) -> str:
-        """The stored tensor that `name` starts from."""
-        return self.embedding if name == self.head and not self.head_stored and self.embedding else name
-
-
-def _ends(base: Base) -> _Ends:
-    """Tied as transformers 5 has it: two stored copies are tied only where config.json says so and they are equal."""
-    embedding, head = embedding_name(base.tensors), head_name(base.tensors)
-    label = head or _HEAD_OF.get(str(base.config.get("model_type")), "lm_head.weight")
-    if embedding is None or base.task != "causal-lm":
-        return _Ends(embedding, label, head is not None, tied=False)
-    if head is None:
-        return _Ends(embedding, label, head_stored=False, tied=True)
-    tied = base.config.get("tie_word_embeddings") is True and _equal(base, embedding, base, head)
-    return _Ends(embedding, label, head_stored=True, tied=tied)
-
-
-def _fit_whole(base: Base, adapter: Adapter, ends: _Ends, path: str, tensor: str, misfits: list[str]) -> str | None:
+def _fit_whole(base: Base, adapter: Adapter, ends: Ends, path: str, tensor: str, misfits: list[str]) -> str | None:
     """The view's name for `path`; None, and a line in `misfits`, where it does not fit."""
     name = _locate(base, ends, path)
     if name is None:
         misfits.append(f"the base has no {path}")
         return None
     has, wanted = adapter.reader.tensors[tensor].shape, base.tensors[ends.source(name)].shape
-    if has == wanted or (name in {ends.embedding, ends.head} and has[1:] == wanted[1:]):
+    if has == wanted or (name in ends.names and has[1:] == wanted[1:]):
         return name
     misfits.append(f"{path} is {list(has)} in the adapter, {list(wanted)} in the base")
     return None
@@ -195,7 +144,7 @@ def _fit_whole(base: Base, adapter: Adapter, ends: _Ends, path: str, tensor: str
 
 def _fit_part(
     base: Base,
-    ends: _Ends,
+    ends: Ends,
     path: str,
     part: Part,
     shapes: Mapping[str, tuple[int, ...]],
@@ -207,7 +156,7 @@ def _fit_part(
     optional = isinstance(part, AddedBias) or getattr(part, "optional", False)
     if name is None and optional and _locate(base, ends, f"{part.module}.weight"):
         return None
-    if name is None or (isinstance(part, LowRank) and embedding != (name == ends.embedding)):
+    if name is None or (isinstance(part, LowRank) and embedding != (name in ends.inputs)):
         misfits.append(f"the base has no {'embedding' if embedding else 'linear layer'} {part.module}")
         return None
     shape = shapes.get(name) or base.tensors[ends.source(name)].shape
@@ -216,6 +165,55 @@ def _fit_part(
         return name
     misfits.append(misfit)
     return None
+
+
+def _check_biases(base: Base, adapter: Adapter, ends: Ends, whole: Mapping[str, str]) -> None:
+    """Where the base's biases were trained, PEFT saves all of them, or those of the layers that it adapts."""
+    setting = adapter.config.get("bias") or "none"
+    if setting == "none":
+        return
+    adapted = {_locate(base, ends, f"{part.module}.bias") for part in adapter.parts.values()}
+    lost = [
+        name
+        for name, info in base.tensors.items()
+        if name.endswith(".bias")
+        and len(info.shape) == 1  # old checkpoints have attention masks of that name
+        and (setting == "all" or name in adapted)
+        and name not in whole
+    ]
+    if lost:
+        raise AdapterError(
+            "adapter-incomplete",
+            f"the adapter says bias: {setting}, and lacks {len(lost)} of the base's biases: {', '.join(lost[:3])}",
+            why="adapter_model.safetensors and adapter_config.json are not from the same save",
+            hint=SAVE_AGAIN,
+        )
+
+
+def _without_start(base: Base, ends: Ends, name: str, part: Part, whole: Mapping[str, str]) -> Part:
+    """The part as it is, or a plain one where PEFT saved the weight along that was left when training started.
+
+    Raises AdapterError where what PEFT takes off the weight is not that of the one layer.
+    """
+    if not isinstance(part, LowRank) or part.start is None:
+        return part
+    if name in whole:
+        return replace(part, start=None)
+    if name in ends.tied:
+        raise ambiguous(f"the start {part.start!r} of {part.module} changed the weight of the embedding as well")
+    why = ""
+    if base.is_quantized:
+        why = "the base is quantized: PEFT would have to quantize what is left of the weight again"
+    elif part.start == OLORA and _is_transposed(base, part):
+        why = "PEFT computes OLoRA on the weight as it is stored, which is the other way round in a Conv1D"
+    if why:
+        raise AdapterError(
+            "adapter-residual-base",
+            f"the start {part.start!r} of {part.module} cannot be computed again",
+            why=why,
+            hint=RESIDUAL_HINT,
+        )
+    return part
 
 
 def _fit_experts(base: Base, stack: ExpertStack, taken: Mapping[str, Part], misfits: list[str]) -> dict[str, Part]:
@@ -279,7 +277,7 @@ def _add_biases(base: Base, adapter: Adapter, biases: Mapping[str, Part], placem
     return Placement(changes, tuple(added), config)
 
 
-def _check_saved(base: Base, adapter: Adapter, ends: _Ends) -> None:
+def _check_saved(base: Base, adapter: Adapter, ends: Ends) -> None:
     """PEFT passes over an entry that the model has no module for: for classifiers it lists two names of the head."""
     for entry in adapter.config.get("modules_to_save") or []:
         known = any(is_saved(path, [entry]) for path in (*base.tensors, ends.head))
@@ -292,61 +290,10 @@ def _check_saved(base: Base, adapter: Adapter, ends: _Ends) -> None:
             )
 
 
-def _share(adapter: Adapter, ends: _Ends, whole: dict[str, str]) -> None:
-    """A copy of the base's weight that PEFT saved along is loaded into the one tied weight, whichever end it names."""
-    both = [name for name in (ends.embedding, ends.head) if name]
-    given = [whole[name] for name in both if name in whole]
-    if len(given) == 2 and not _equal(adapter.reader, given[0], adapter.reader, given[1]):
-        raise _ambiguous("it holds two different weights for the one that embedding and head share")
-    if given:
-        whole.update(dict.fromkeys(both, given[0]))
-
-
-def _settle_tie(base: Base, adapter: Adapter, ends: _Ends, changes: dict[str, Change]) -> Placement:
-    """Unties embedding and head exactly where the live model computes with two different weights."""
-    if not ends.tied or ends.embedding is None:
-        said_tied = ends.head_stored and base.config.get("tie_word_embeddings") is True
-        return Placement(changes, config=_UNTIED if said_tied and base.task == "causal-lm" else {})
-    embedding, head = changes.get(ends.embedding), changes.get(ends.head)
-    if embedding and isinstance(embedding.part, TokenRows) and (head is None or head.part is embedding.part):
-        head = embedding  # PEFT trains the rows of the one weight, for both ends
-    if _same_change(embedding, head):
-        changes.pop(ends.head, None)
-        if embedding and ends.head_stored:
-            changes[ends.head] = replace(embedding, source=ends.head)
-        return Placement(changes)
-    if adapter.config.get("ensure_weight_tying"):
-        raise _ambiguous("ensure_weight_tying is set, and it changes embedding and head differently")
-    if ends.head_stored:
-        return Placement(changes, config=_UNTIED)
-    changes.setdefault(ends.head, Change(adapter, ends.embedding))
-    return Placement(changes, (replace(base.tensors[ends.embedding], name=ends.head),), _UNTIED)
-
-
-def _same_change(one: Change | None, other: Change | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    reader = one.adapter.reader
-    if one.whole is None or other.whole is None:
-        if one.whole is not other.whole:
-            return False
-    elif not _equal(reader, one.whole.name, reader, other.whole.name):
-        return False
-    mine, theirs = one.part, other.part
-    if isinstance(mine, TokenRows) and isinstance(theirs, TokenRows):
-        return mine.indices == theirs.indices and _equal(reader, mine.tensor, reader, theirs.tensor)
-    if not isinstance(mine, LowRank) or not isinstance(theirs, LowRank):
-        return mine is theirs
-    return (mine.rank, mine.scale, mine.magnitude) == (theirs.rank, theirs.scale, theirs.magnitude) and all(
-        np.array_equal(_all_rows(reader, a), _all_rows(reader, b).T)
-        for a, b in ((mine.a, theirs.b), (mine.b, theirs.a))
-    )
-
-
-def _locate(base: Base, ends: _Ends, path: str) -> str | None:
+def _locate(base: Base, ends: Ends, path: str) -> str | None:
     """The stored name of a parameter path: the same, the one that transformers loads into it, or with a prefix like
     `transformer.` left out or added: checkpoints of a bare model lack the one that the model with its head has."""
-    if path in base.tensors or (ends.tied and path == ends.head):
+    if path in base.tensors or path in ends.unstored:
         return path
     shorter = path.partition(".")[2]
     if shorter in base.tensors:
@@ -362,23 +309,6 @@ def _locate(base: Base, ends: _Ends, path: str) -> str | None:
 def _is_transposed(base: Base, part: Part) -> bool:
     conv1d = base.config.get("model_type") in _CONV1D_MODELS and part.module.endswith(_CONV1D_MODULES)
     return part.parameter == "weight" and (conv1d or (isinstance(part, LowRank) and part.embedding))
-
-
-def _equal(one: Base | TensorReader, name: str, other: Base | TensorReader, other_name: str) -> bool:
-    """Whether two tensors hold the same values, read slab by slab up to the first difference."""
-    shape = one.tensors[name].shape
-    if shape != other.tensors[other_name].shape:
-        return False
-    rows = shape[0] if shape else 1
-    step = max(1, _COMPARED_AT_ONCE * rows // max(one.tensors[name].size, 1))
-    return all(
-        np.array_equal(one.rows(name, at, min(at + step, rows)), other.rows(other_name, at, min(at + step, rows)))
-        for at in range(0, rows, step)
-    )
-
-
-def _all_rows(reader: TensorReader, name: str) -> FloatArray:
-    return reader.rows(name, 0, reader.tensors[name].shape[0])
 
 
 def _check_task(base: Base, adapter: Adapter) -> None:
@@ -411,13 +341,4 @@ def _other_base(adapter: Adapter, misfits: list[str]) -> AdapterError:
         f"{len(misfits)} of the adapter's {parts} parts do not fit this base",
         why="; ".join(misfits[:3]) + more,
         hint=f"the adapter names its base: --base {name}" if name else "give the base that it was trained on",
-    )
-
-
-def _ambiguous(why: str) -> AdapterError:
-    return AdapterError(
-        "adapter-tie-ambiguous",
-        "the adapter does not say what becomes of the tied embedding and output head",
-        why=why,
-        hint="train again with a current PEFT, where ensure_weight_tying covers both",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BESIDE = "base_model.vera_"
 """VeRA's shared matrices lie beside the model."""
+_ENDS = ("embed_tokens.weight", "wte.weight", "shared.weight", "lm_head.weight")
+"""Embeddings and heads, which PEFT saves along where the vocabulary was resized or they were adapted."""
+_AGAIN = (r"\.(original_module|modules_to_save)\.", r"\.modules_to_save\.[^.]+\.")
+"""What `bias: all` puts into the name of a bias of a module that is saved whole: PEFT loads it by its plain name."""
 _ROWS_AT_ONCE = 1 << 20
 """Elements looked at together when searching for NaN."""
 
@@ -48,7 +53,7 @@ class Adapter:
     saved: Mapping[str, str] = field(default_factory=dict)
     """Parameter path → tensor: what modules_to_save trained whole; replaces that module's weight."""
     replaced: Mapping[str, str] = field(default_factory=dict)
-    """Parameter path → tensor: a copy of the base's own weight that PEFT saved along; replaces the base's."""
+    """Parameter path → tensor: the base's own weight or bias as PEFT saved it along; replaces the base's."""
     weight: float = 1.0
     """What its change is multiplied by, where it is one of several."""
 
@@ -165,14 +170,18 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
     used = {name for part in parts.values() for name in part.tensors}
     saved, replaced = {}, {}
     saved_modules = config.get("modules_to_save") or []
+    biases = config.get("bias") not in (None, "none")
+    endings = (*_ENDS, ".bias") if config.get("bias") == "all" else _ENDS
     for path, name in paths.items():
         if name in used:
             continue
-        if path.endswith(".base_layer.weight"):
+        if biases and path.endswith(".bias") and _is_saved_plainly(path, paths):
+            continue
+        if path.endswith(".base_layer.weight") or (biases and path.endswith(".base_layer.bias")):
             replaced[path.replace(".base_layer.", ".")] = name
         elif is_saved(path, saved_modules):
             saved[path] = name
-        elif path.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
+        elif path.endswith(endings):
             replaced[path] = name
         else:
             strangers.append(name)
@@ -181,6 +190,10 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
     if both := sorted(parts.keys() & saved.keys()):
         raise _ambiguous(both[0])
     return Adapter(source, config, reader, parts, saved, replaced)
+
+
+def _is_saved_plainly(path: str, paths: Mapping[str, str]) -> bool:
+    return any((plain := re.sub(infix, ".", path)) != path and plain in paths for infix in _AGAIN)
 
 
 def _ambiguous(where: str) -> AdapterError:

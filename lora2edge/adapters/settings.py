@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lora2edge.adapters.kinds.starts import OLORA, PISSA
 from lora2edge.adapters.kinds.table import KINDS
 from lora2edge.errors import AdapterError, InputError, refuse
 
@@ -18,8 +19,20 @@ _REFUSED = {
     "arrow_config": ("Arrow routes each token to other adapters", "merge one of its adapters"),
     "megatron_config": ("Megatron's parallel layers split the weights", "convert the adapter to plain PEFT first"),
 }
-_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_ONLY = {"LORA": "lora_only", "ADALORA": "lora_only", "OFT": "oft_only", "BOFT": "boft_only", "VERA": "vera_only"}
+"""Kinds that can train the base's biases → the setting for those of their own layers."""
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+_RESIDUAL = {
+    "pissa_niter": "it is drawn at random: PEFT takes another one off the base whenever it loads the adapter",
+    "corda": "it was computed from the training data",
+    "lora_ga": "it was computed from gradients on the training data",
+    "loftq": "the base that it was trained on was quantized, and differs from the original by more than rounding",
+}
+"""Starts that cannot be computed again from the base → why."""
+RESIDUAL_HINT = (
+    "save it with path_initial_model_for_weight_conversion=..., which turns it into a plain LoRA; or give the residual "
+    'base that was saved when training started, --base RESIDUAL, with "init_lora_weights": true in adapter_config.json'
+)
 
 
 def kind_name(config: Mapping[str, Any]) -> str:
@@ -45,14 +58,16 @@ def check_settings(config: Mapping[str, Any]) -> None:
     errors: list[InputError] = [*_entries(config)]
     if kind == "LORA":
         errors.extend(_numbers(config))
-        errors.extend(_start(config.get("init_lora_weights", True)))
+        errors.extend(_start(config))
     keys = KINDS[kind].keys
     for key, (why, hint) in _REFUSED.items():
         if key not in keys and _is_set(config.get(key)):
             errors.append(_refusal(key, config[key], why, hint))
-    if config.get("bias", "none") != "none":
-        why = "the base's biases were trained too, and PEFT does not switch them off with the adapter"
-        errors.append(_refusal("bias", config["bias"], why, "train with bias='none'"))
+    bias = config.get("bias") or "none"
+    choices = ("none", "all", _ONLY[kind]) if kind in _ONLY else ("none",)
+    if bias not in choices:
+        why = f"PEFT knows for {KINDS[kind].label}: {', '.join(choices)}"
+        errors.append(_refusal("bias", bias, why, "train with bias='none'"))
     for key, value in config.items():
         if key not in keys and key not in _REFUSED and key != "bias" and _is_set(value):
             why = "this version does not know whether it changes what the adapter computes"
@@ -89,20 +104,24 @@ def _entries(config: Mapping[str, Any]) -> list[AdapterError]:
     return errors
 
 
-def _start(value: Any) -> list[AdapterError]:
-    """PiSSA and its kin change the base when training starts: ΔW belongs to that residual base, not to this one."""
+def _start(config: Mapping[str, Any]) -> list[AdapterError]:
+    """PiSSA and its kin take a part of the base's weight into the adapter when training starts.
+
+    Two of them can be taken off again, as PEFT does (`kinds.starts`): `pissa` and `olora`.
+    """
+    value = config.get("init_lora_weights", True)
     if isinstance(value, bool) or value is None or str(value).lower() in _PLAIN_STARTS:
         return []
     name = str(value).lower()
-    if name.startswith(_RESIDUAL):
-        return [
-            AdapterError(
-                "adapter-residual-base",
-                f"the adapter was started with {value!r}, which changed the base's weights",
-                why="merged on the untouched base it gives another model (peft issue 2184)",
-                hint="save it with path_initial_model_for_weight_conversion=..., which turns it into a plain LoRA",
-            )
-        ]
+    if value == PISSA or name == OLORA:
+        if not config.get("target_parameters"):
+            return []
+        why = "PEFT knows that start for layers, not for target_parameters"
+        return [_refusal("init_lora_weights", value, why, "train with True")]
+    for start, why in _RESIDUAL.items():
+        if name.startswith(start):
+            what = f"the adapter was started with {value!r}, which changed the base's weights"
+            return [AdapterError("adapter-residual-base", what, why=why, hint=RESIDUAL_HINT)]
     return [_refusal("init_lora_weights", value, "this start of the weights is not known", "train with True")]
 
 

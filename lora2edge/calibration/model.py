@@ -118,21 +118,26 @@ def quiet() -> Iterator[None]:
 def _empty_model(view: Checkpoint, dtype: str, device: str) -> Any:
     """The architecture with uninitialised parameters (no page of them is touched yet) and its own buffers."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     data = copy.deepcopy(dict(view.config))
     data.pop("quantization_config", None)
     kind = str(data.get("model_type"))
-    if kind not in CONFIG_MAPPING:
+    trusted = view.ref.trust_remote_code
+    if kind not in CONFIG_MAPPING and not trusted:
         raise UnsupportedError(
             "unknown-architecture",
             f"transformers does not know model_type {kind!r}",
-            hint="pip install --upgrade transformers   (code that comes with a checkpoint is never run)",
+            hint="pip install --upgrade transformers, or, where you trust its own code, --trust-remote-code",
         )
     with torch_errors(f"build a {kind} model"), quiet(), no_init_weights(), torch.device(device):
-        config = CONFIG_MAPPING[kind].from_dict(data)
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        if kind in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[kind].from_dict(data)
+        else:
+            config = AutoConfig.from_pretrained(view.ref.base, trust_remote_code=True, local_files_only=True)
+            config.update(data)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
 
 
 def _homes(view: Checkpoint, name: str, places: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from lora2edge.checkpoint.floats import FLOAT_DTYPES, decode, encode_rows
 from lora2edge.checkpoint.header import Header, StoredTensor, read_header
 from lora2edge.checkpoint.modules import ExpertPlace, expert_place
 from lora2edge.checkpoint.quantized import BnbSettings, RequantizedCheckpoint, linear_names, requantized
+from lora2edge.checkpoint.readahead import read_ahead, reading_ahead, window_bytes
 from lora2edge.checkpoint.reader import TensorReader
 from lora2edge.checkpoint.source import Source, missing_source, read_json_file, resolve_source
 from lora2edge.checkpoint.stored import (
@@ -19,6 +20,7 @@ from lora2edge.checkpoint.tokenizer import (
     GENERATION_FILES,
     TOKENIZER_GROUP,
     merge_tokenizer_files,
+    read_tokenizer_file,
     tokenizer_files,
     vocabulary_size,
 )
@@ -46,11 +48,15 @@ __all__ = [
     "missing_source",
     "one_blas_thread",
     "open_checkpoint",
+    "read_ahead",
     "read_header",
     "read_json_file",
+    "read_tokenizer_file",
+    "reading_ahead",
     "requantized",
     "resolve_source",
     "shard_fingerprint",
     "tokenizer_files",
     "vocabulary_size",
+    "window_bytes",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora2edge.checkpoint.floats import FLOAT_DTYPES, decode
 from lora2edge.checkpoint.header import StoredTensor, read_header
+from lora2edge.checkpoint.readahead import read_ahead
 from lora2edge.contracts import StoredBytes, TensorInfo
 from lora2edge.errors import CheckpointError
 
@@ -88,6 +89,8 @@ class TensorReader:
         held: NDArray[np.uint8] | None = getattr(self._local, "buffer", None)
         if held is None or len(held) < length:
             held = self._local.buffer = np.empty(length, np.uint8)
+        if read_ahead(self.folder / shard, offset, held[:length]):
+            return held[:length]
         view, done = held.data, 0
         handle = self._handle(shard)
         while done < length:

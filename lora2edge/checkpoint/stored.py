@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora2edge.checkpoint.layers import find_missing
 from lora2edge.checkpoint.modules import module_name
 from lora2edge.checkpoint.quantized import DequantizedReader, dequantized
 from lora2edge.checkpoint.reader import TensorReader
@@ -30,6 +30,10 @@ _TASKS: dict[str, Task] = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
 }
+_SEQ2SEQ = {"T5ForConditionalGeneration", "MT5ForConditionalGeneration"}
+"""By their whole name: models that see or hear end in ForConditionalGeneration too."""
+_SHARED = "shared.weight"
+"""What T5's encoder, decoder and head share."""
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _CODE = ("*.py", "*.tiktoken")
@@ -47,12 +51,19 @@ class StoredCheckpoint:
     """
 
     def __init__(
-        self, source: Source, config: dict[str, Any], task: Task, reader: TensorReader | DequantizedReader
+        self,
+        source: Source,
+        config: dict[str, Any],
+        task: Task,
+        reader: TensorReader | DequantizedReader,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         self.source = source
         self.path = source.folder
         self._config = config
         self._task = task
+        self._trust_remote_code = trust_remote_code
         self._reader = reader
         self._tokenizer = TokenizerFiles({**tokenizer_files(source.folder), **_code_files(source.folder, config)})
         self._hashes: dict[str, str] | None = None
@@ -74,8 +85,13 @@ class StoredCheckpoint:
         return self._reader.tensors
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the files hold quantized weights, of which `rows` gives the values."""
+        return not isinstance(self._reader, TensorReader)
+
+    @property
     def ref(self) -> CheckpointRef:
-        return CheckpointRef(str(self.path))
+        return CheckpointRef(str(self.path), trust_remote_code=self._trust_remote_code)
 
     def rows(self, name: str, start: int, stop: int) -> FloatArray:
         return self._reader.rows(name, start, stop)
@@ -112,9 +128,10 @@ class StoredCheckpoint:
         return [*own, *self._tokenizer.files.values()]
 
 
-def open_checkpoint(where: str | Path) -> StoredCheckpoint:
-    """The checkpoint in the folder `where`, or of the hub id `org/name[@REV]`. Reads no weight.
+def open_checkpoint(where: str | Path, *, trust_remote_code: bool = False) -> StoredCheckpoint:
+    """The checkpoint in the folder `where`, or of the hub id `org/name[@REV]`. Reads no weight, runs no code.
 
+    `trust_remote_code`: whether its own code may be run, by whoever computes with it in PyTorch.
     Raises CheckpointError, or Refusals with all of them.
     """
     source = resolve_source(where)
@@ -123,13 +140,19 @@ def open_checkpoint(where: str | Path) -> StoredCheckpoint:
         why = "it has an adapter_config.json: that is an adapter" if _is_adapter(folder) else "config.json is missing"
         raise missing_source("checkpoint", where, why, "give the folder that save_pretrained() wrote the base model to")
     config = read_json_file(folder / "config.json", "bad-config")
-    reader = TensorReader(folder, _shards(folder))
+    places = _weight_map(folder)
+    reader = TensorReader(folder, _shards(folder, places))
     try:
-        _check_index(folder, reader)
+        _check_index(places or {}, reader)
         plain, weights, quantization = _dequantized(config, reader)
-        problems = [quantization, _no_tokenizer(folder, config), _vocabulary(folder, config, weights.tensors)]
+        problems = [
+            quantization,
+            _no_tokenizer(folder, config),
+            _vocabulary(folder, config, weights.tensors),
+            None if quantization else find_missing(config, weights.tensors),
+        ]
         refuse([problem for problem in problems if problem])
-        checkpoint = StoredCheckpoint(source, plain, _task(config), weights)
+        checkpoint = StoredCheckpoint(source, plain, _task(config), weights, trust_remote_code=trust_remote_code)
         _check_head(checkpoint)
     except BaseException:
         reader.close()
@@ -139,7 +162,8 @@ def open_checkpoint(where: str | Path) -> StoredCheckpoint:
 
 def embedding_name(tensors: Iterable[str]) -> str | None:
     """Name of the token embedding's weight among `tensors`."""
-    return next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
+    names = list(tensors)
+    return _SHARED if _SHARED in names else next((name for name in names if name.endswith(_EMBEDDINGS)), None)
 
 
 def head_name(tensors: Iterable[str]) -> str | None:
@@ -174,18 +198,27 @@ def shard_fingerprint(path: Path, header_sha256: str) -> dict[str, Any]:
     }
 
 
-def _shards(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        weight_map = read_json_file(folder / INDEX, "bad-index").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError("bad-index", f"{INDEX} has no weight_map", why="it maps each tensor to its file")
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor → its file, as the index has it; None where there is no index."""
+    if not (folder / INDEX).is_file():
+        return None
+    weight_map = read_json_file(folder / INDEX, "bad-index").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError("bad-index", f"{INDEX} has no weight_map", why="it maps each tensor to its file")
+    return weight_map
+
+
+def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> list[str]:
+    if weight_map is not None:
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
         missing = [name for name in names if name not in outside and not (folder / name).is_file()]
         if outside or missing:
+            absent = outside or missing
+            more = f" and {len(absent) - 3:,} more" if len(absent) > 3 else ""
             raise CheckpointError(
                 "missing-shard",
-                f"{', '.join(outside or missing)} of {len(names)} weight files is not in {folder}",
+                f"not in {folder}, of {len(names):,} weight files: {', '.join(absent[:3])}{more}",
                 why=f"{INDEX} names it",
                 hint="finish the download, or save the checkpoint again",
             )
@@ -206,10 +239,7 @@ def _shards(folder: Path) -> list[str]:
     )  # fmt: skip
 
 
-def _check_index(folder: Path, reader: TensorReader) -> None:
-    if not (folder / INDEX).is_file():
-        return
-    weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+def _check_index(weight_map: Mapping[str, str], reader: TensorReader) -> None:
     for name, shard in weight_map.items():
         found = reader.tensors.get(name)
         if found is None or found.shard != shard:
@@ -262,22 +292,31 @@ def _vocabulary(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
 def _task(config: Mapping[str, Any]) -> Task:
     architectures = config.get("architectures") or []
     for architecture in architectures if isinstance(architectures, list) else []:
+        if architecture in _SEQ2SEQ:
+            return "seq2seq-lm"
         for suffix, task in _TASKS.items():
             if str(architecture).endswith(suffix):
                 return task
     raise CheckpointError(
         "unknown-task",
         "config.json does not say what the model is for",
-        why=f"architectures is {architectures}; known endings: {', '.join(_TASKS)}",
-        hint="text models only: causal language models and sequence or token classifiers",
+        why=f"architectures is {architectures}; known endings: {', '.join(_TASKS)}; {' and '.join(sorted(_SEQ2SEQ))}",
+        hint="text models only: causal language models, T5, and sequence or token classifiers",
     )
 
 
 def _check_head(checkpoint: StoredCheckpoint) -> None:
-    """A checkpoint that says it is not tied and has no head would be loaded with a random one."""
+    """A checkpoint that says it is not tied and has no head would be loaded with another one."""
     tensors = checkpoint.tensors
+    if checkpoint.task == "seq2seq-lm" and _SHARED not in tensors:
+        raise CheckpointError(
+            "missing-tensor",
+            f"the checkpoint has no {_SHARED}",
+            why="which weight encoder, decoder and head share cannot be told without it",
+            hint="AutoModelForSeq2SeqLM.from_pretrained(FOLDER).save_pretrained(NEW) writes it",
+        )
     untied = checkpoint.config.get("tie_word_embeddings") is False
-    if checkpoint.task == "causal-lm" and untied and embedding_name(tensors) and not head_name(tensors):
+    if checkpoint.task in ("causal-lm", "seq2seq-lm") and untied and embedding_name(tensors) and not head_name(tensors):
         raise CheckpointError(
             "missing-tensor",
             "the checkpoint has no output head",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from lora2edge.checkpoint.outline import read_outline
 from lora2edge.checkpoint.source import read_json_file
@@ -65,6 +67,25 @@ def merge_tokenizer_files(base: TokenizerFiles, adapter_folder: Path) -> Tokeniz
         files = {name: path for name, path in files.items() if name not in TEMPLATE_FILES}
     files.update({name: path for name, path in own.items() if name not in TOKENIZER_GROUP})
     return TokenizerFiles(files)
+
+
+def read_tokenizer_file(files: TokenizerFiles, name: str) -> dict[str, Any]:
+    """The JSON object in that one of the files, {} where it is not among them. Raises CheckpointError or Refusals.
+
+    The size of tokenizer.json's vocabulary is nobody's to bound; that it is JSON, `vocabulary_size` has looked at.
+    """
+    path = files.files.get(name)
+    if path is None:
+        return {}
+    if name != "tokenizer.json":
+        return read_json_file(Path(path), "bad-tokenizer")
+    try:
+        data = json.loads(read_bounded(Path(path), MOST_TOKENIZER_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _bad(Path(path), str(error)) from error
+    if not isinstance(data, dict):
+        raise _bad(Path(path), f"it is no JSON object but a {type(data).__name__}")
+    return data
 
 
 def vocabulary_size(path: Path) -> int:

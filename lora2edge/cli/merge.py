@@ -31,12 +31,16 @@ def command(out: Path, prove: bool, data: Path | None, force: bool, as_json: boo
     from lora2edge.recipe import load_recipe
     from lora2edge.verbs import merge_to
 
-    recipe = load_recipe(None, {**options, "data": text(data) if prove else None})
+    recipe = load_recipe(None, {**options, "data": text(data)})
     with progress_shown(as_json) as progress:
         result = merge_to(recipe, out, prove=prove, force=force, progress=progress)
     if as_json:
         print_json(result)
         return
+    if merge_base := result.get("merge_base"):
+        from lora2edge.report.words import merge_base_lines
+
+        click.echo("\n".join(merge_base_lines(merge_base)))
     click.echo(f"{out}: {result['tensors']} tensors, {result['adapted']} of them adapted")
     click.echo(f"worst formula error {result['worst_formula_error']:.1e} (relative)")
     if proof := result.get("merge"):

@@ -19,8 +19,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(function: F) -> F:
-    """--base, --adapter, and how several adapters are combined."""
+    """--base, --adapter, how several are combined, --trained-on, --merge-base and --trust-remote-code."""
     for option in (
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            default=None,
+            help="Run the code that the base comes with, where transformers has no model of its kind.",
+        ),
+        click.option(
+            "--merge-base",
+            type=click.Choice(["original", "dequantized", "measure"]),
+            help="Of an adapter trained on a quantized base. Default: measure both.",
+        ),
+        click.option(
+            "--trained-on",
+            metavar="NAME|DIR|ID",
+            help="Quantized base of the training, where --base is the original: nf4, nf4-double, fp4, fp4-double, "
+            "or a saved one.",
+        ),
         click.option("--majority-sign", metavar="total|frequency", help="TIES: how signs are elected. Default: total."),
         click.option("--svd-rank", type=int, help="Of svd and *_svd. Default: the largest rank of the adapters."),
         click.option("--density", type=float, help="Share of the entries that TIES, DARE and magnitude_prune keep."),

@@ -1,5 +1,6 @@
 """Whether the fine-tune survived: merge proof, perplexity, divergence, gain kept, accuracy, gates."""
 
+from lora2edge.quality.choice import choose_nearest
 from lora2edge.quality.gates import judge
 from lora2edge.quality.measure import measure_quality
 from lora2edge.quality.proof import MergeProof, join_proofs, verify_merge
@@ -8,6 +9,7 @@ from lora2edge.quality.reference import Reference, open_reference, record_refere
 __all__ = [
     "MergeProof",
     "Reference",
+    "choose_nearest",
     "join_proofs",
     "judge",
     "measure_quality",

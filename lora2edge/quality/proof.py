@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lora2edge.contracts import Progress, Sample
 from lora2edge.errors import GateError, ProofError
 from lora2edge.quality.divergence import Divergence, compare
-from lora2edge.quality.reference import OutputHead, TorchSession
+from lora2edge.quality.reference import TorchSession, inputs_of
+from lora2edge.quality.states import States, first_samples, take_states
 
 if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
@@ -73,7 +74,7 @@ def verify_merge(
       makes 2 · floor_kl, and the rounded weights add up to one more (measured: 1.1 to 1.7 in all).
     Anything that is not finite is an error.
     """
-    chosen = _chosen(samples)
+    chosen = first_samples(samples, PROOF_POSITIONS)
     narrow = dtype != "float32"
     progress.start("merge proof", (6 if narrow else 4) * len(chosen), "samples")
     try:
@@ -82,8 +83,8 @@ def verify_merge(
         rounding = _against(live, open_merged("float32", True), chosen, progress)
         written, floor_kl, kl_mean = rounding, 0.0, rounding.kl_mean
         if narrow:
-            live_narrow = _states(open_live(dtype), chosen, progress)
-            merged = _states(open_merged(dtype, True), chosen, progress)
+            live_narrow = take_states(open_live(dtype), chosen, progress)
+            merged = take_states(open_merged(dtype, True), chosen, progress)
             floor_kl = compare(live.logits(), live_narrow.logits(), chosen).kl_mean
             kl_mean = compare(live_narrow.logits(), merged.logits(), chosen).kl_mean
             written = compare(live.logits(), merged.logits(), chosen)
@@ -121,31 +122,12 @@ def join_proofs(proofs: Sequence[MergeProof], reference: str) -> dict[str, Any]:
     return {**joined, "steps": [asdict(proof) for proof in proofs] if len(proofs) > 1 or reference else []}
 
 
-@dataclass(frozen=True, slots=True)
-class _States:
-    """What is kept of a session that was closed."""
-
-    hidden: list[FloatArray]
-    head: OutputHead
-
-    def logits(self) -> Iterator[FloatArray]:
-        return (self.head(states) for states in self.hidden)
-
-
-def _states(session: TorchSession, samples: Sequence[Sample], progress: Progress) -> _States:
-    """Last hidden states at the scored positions and the output layer; closes the session."""
-    try:
-        return _States(session.hidden(*_inputs(samples), progress.advance), session.head)
-    finally:
-        session.close()
-
-
-def _live(session: TorchSession, samples: Sequence[Sample], progress: Progress) -> tuple[_States, Divergence]:
+def _live(session: TorchSession, samples: Sequence[Sample], progress: Progress) -> tuple[States, Divergence]:
     """The live model's states, and how far they are from those of the base alone; closes the session."""
     try:
-        live = _States(session.hidden(*_inputs(samples), progress.advance), session.head)
+        live = States(session.hidden(*inputs_of(samples), progress.advance), session.head)
         with session.adapter_off():
-            base = session.hidden(*_inputs(samples), progress.advance)
+            base = session.hidden(*inputs_of(samples), progress.advance)
         return live, compare(live.logits(), _without_adapter(session, base), samples)
     finally:
         session.close()
@@ -159,24 +141,8 @@ def _without_adapter(session: TorchSession, hidden: Sequence[FloatArray]) -> Ite
         yield logits
 
 
-def _against(live: _States, session: TorchSession, samples: Sequence[Sample], progress: Progress) -> Divergence:
-    return compare(live.logits(), _states(session, samples, progress).logits(), samples)
-
-
-def _inputs(samples: Sequence[Sample]) -> tuple[list[tuple[int, ...]], list[range]]:
-    return [sample.ids[:-1] for sample in samples], [sample.positions for sample in samples]
-
-
-def _chosen(samples: Sequence[Sample]) -> list[Sample]:
-    """The first samples that have `PROOF_POSITIONS` scored positions together."""
-    chosen: list[Sample] = []
-    positions = 0
-    for sample in samples:
-        if positions >= PROOF_POSITIONS:
-            break
-        chosen.append(sample)
-        positions += len(sample.positions)
-    return chosen
+def _against(live: States, session: TorchSession, samples: Sequence[Sample], progress: Progress) -> Divergence:
+    return compare(live.logits(), take_states(session, samples, progress).logits(), samples)
 
 
 def _judge(proof: MergeProof) -> None:

@@ -139,7 +139,7 @@ def record_reference(
     try:
         base.grow_vocabulary(vocabulary)
         progress.start("base: losses", len(samples), "samples")
-        ids, keep = _inputs(samples)
+        ids, keep = inputs_of(samples)
         base_nll = sample_nll(base.logits(ids, keep), samples, progress.advance)
         progress.start("base: answers", len(chosen), "answers")
         base_right = _right(base, renderer, chosen, end_ids, progress)
@@ -193,13 +193,13 @@ def open_reference(path: Path) -> Reference:
         ) from error
 
 
-def _inputs(samples: Sequence[Sample]) -> tuple[list[tuple[int, ...]], list[range]]:
+def inputs_of(samples: Sequence[Sample]) -> tuple[list[tuple[int, ...]], list[range]]:
     """Token ids, and the positions that are kept. The last token predicts nothing that is scored."""
     return [sample.ids[:-1] for sample in samples], [sample.positions for sample in samples]
 
 
 def _record_states(baseline: TorchSession, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
-    ids, keep = _inputs(samples)
+    ids, keep = inputs_of(samples)
     np.save(folder / _HIDDEN, np.concatenate(baseline.hidden(ids, keep, progress.advance)))
     matrix, bias = baseline.head.matrix()
     np.save(folder / _HEAD, matrix)

@@ -63,6 +63,9 @@ def _of_the_build(report: Mapping[str, Any]) -> Iterator[Finding]:
             f"KL {words.figure(merge['kl_mean'])} nats per token against base + live adapter, "
             f"same top token at {words.percent(merge['top1_agreement'], 2)} of {merge['positions']} positions.",
         )
+    if chosen := report.get("merge_base"):
+        told = chosen["measured"]
+        yield Finding("warn" if told and not told["decided"] else "note", "merge", _sentence(chosen))
     if merge is None:
         yield Finding("warn", "merge", "There is no merge proof in this report.")
     if merge and merge.get("reference"):
@@ -85,6 +88,10 @@ def _of_the_build(report: Mapping[str, Any]) -> Iterator[Finding]:
         )
     for path in report.get("not_finite", []):
         yield Finding("fail", path, "This figure was infinite or not a number; report.json holds null for it.")
+
+
+def _sentence(chosen: Mapping[str, Any]) -> str:
+    return ". ".join(words.merge_base_lines(chosen)) + "."
 
 
 def _of_a_target(name: str, target: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Finding]:

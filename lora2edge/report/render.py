@@ -51,7 +51,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
 def make_sections(report: Mapping[str, Any]) -> list[Section]:
     """What the report shows, in its order; sections without content are left out."""
     targets = report["targets"]
-    merge = report.get("merge")
+    merge, chosen = report.get("merge"), report.get("merge_base")
     found = [
         Section("findings", "What to know", findings=tuple(find(report))),
         Section(
@@ -64,7 +64,10 @@ def make_sections(report: Mapping[str, Any]) -> list[Section]:
             "merge",
             "Merge proof",
             intro="Whether the merged checkpoint is still base + live adapter, before anything was quantized.",
-            tables=(tables.proof_table(merge),) if merge else (),
+            tables=(
+                *((tables.merge_base_table(chosen),) if chosen and chosen["measured"] else ()),
+                *((tables.proof_table(merge),) if merge else ()),
+            ),
         ),
         Section(
             "quality",

@@ -88,6 +88,41 @@ class Inputs(_Strict):
 # ---------------------------------------------------------------- merge and baseline
 
 
+class MergeCandidate(_Strict):
+    """One base, with the adapters merged into it and the weights rounded as they are written; float32."""
+
+    kl_mean: Ratio
+    """KL(live ‖ merged), live being the adapter on the base that it was trained on."""
+    nll: Ratio
+    """Of the reference responses."""
+
+
+class MergeBaseMeasured(_Strict):
+    """Both bases on the same probe prompts, those of the calibration set."""
+
+    chosen: str
+    decided: bool
+    """Whether the 95 % interval of the difference of the two KLs leaves out 0."""
+    candidates: dict[str, MergeCandidate]
+    nll: Ratio
+    """The live model's."""
+    items: int
+    positions: int
+    reused: bool = False
+    measured_at: str = ""
+
+
+class MergeBase(_Strict):
+    """Which base an adapter that was trained on a quantized one was merged into."""
+
+    chosen: Literal["original", "dequantized"]
+    method: Literal["original", "dequantized", "measure"]
+    trained_on: dict[str, Any]
+    """`settings` of bitsandbytes, or the `folder`'s name."""
+    measured: MergeBaseMeasured | None
+    """None where nothing was measured: one base was asked for, or there was one only."""
+
+
 class MergeProof(_Strict):
     """Mean KL over the scored positions; live = base + live adapter."""
 
@@ -305,6 +340,8 @@ class Report(_Strict):
     seconds: float
     machine: dict[str, Any]
     inputs: Inputs
+    merge_base: MergeBase | None = None
+    """None where the adapter was not trained on a quantized base."""
     merge: MergeProof | None
     baseline: Baseline | None
     targets: dict[str, TargetResult]

@@ -86,6 +86,28 @@ def proof_table(merge: Mapping[str, Any]) -> Table:
     return Table("", ("Base + live adapter against …", "KL", "Bound", "What it shows"), rows, note=note)
 
 
+def merge_base_table(found: Mapping[str, Any]) -> Table:
+    """The two bases that the adapter could be merged into, on the same probe prompts."""
+    measured = found["measured"]
+    live = measured["nll"]
+    rows = [
+        (Cell("live adapter"), Cell("0"), Cell(words.figure(live["value"], 4), words.interval(live))),
+        *(
+            (
+                Cell(f"merged into the {name} base" + (": chosen" if name == found["chosen"] else "")),
+                Cell(words.figure(each["kl_mean"]["value"]), words.interval(each["kl_mean"])),
+                Cell(words.figure(each["nll"]["value"], 4), words.interval(each["nll"])),
+            )
+            for name, each in measured["candidates"].items()
+        ),
+    ]
+    note = (
+        f"Trained on {words.quantized_base(found['trained_on'])}, where the live adapter is. Nats per token over "
+        f"{words.count(measured['positions'])} positions of the calibration set; weights rounded as they are written."
+    )
+    return Table("Base of the merge", ("", "KL", "NLL"), tuple(rows), note=note)
+
+
 def gates_table(targets: Mapping[str, Any]) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (

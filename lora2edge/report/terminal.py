@@ -27,6 +27,8 @@ def print_summary(report: Mapping[str, Any], console: Console | None = None) -> 
     columns = _SUMMARY_COLUMNS if console.width >= _WIDE else _NARROW_COLUMNS
     shown = [table.columns.index(column) for column in columns]
     _print_table(console, table, shown, note=False)
+    for line in words.merge_base_lines(report["merge_base"]) if report.get("merge_base") else ():
+        _print_plain(console, line)
     for finding in find(report):
         if finding.tone != "note":
             console.print(Text(f"{finding.subject}: {finding.text}", style=_FINDING_COLOURS[finding.tone]))
@@ -71,6 +73,9 @@ def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
     for adapter in plan["adapters"]:
         for line in words.adapter_lines(adapter):
             _print_plain(console, line)
+    if bases := plan["merge_base"]:
+        how = "both are measured" if bases["method"] == "measure" else f"merged into the {bases['method']} one"
+        _print_plain(console, f"Trained on {words.quantized_base(bases['trained_on'])}: {how}")
     rows = tuple(
         (
             tables.Cell(stage["stage"]),

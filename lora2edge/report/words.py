@@ -143,6 +143,32 @@ def adapter_lines(adapter: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def merge_base_lines(found: Mapping[str, Any]) -> list[str]:
+    """Which base a QLoRA adapter was merged into, and what both cost where they were measured."""
+    measured = found["measured"]
+    lines = [f"Trained on {quantized_base(found['trained_on'])}; merged into the {found['chosen']} base"]
+    if measured is None:
+        return lines
+    kls = ", ".join(
+        f"{name} {figure(each['kl_mean']['value'])} {interval(each['kl_mean'])}"
+        for name, each in measured["candidates"].items()
+    )
+    lines.append(
+        f"KL against the live adapter, nats per token over {count(measured['positions'])} positions: {kls}"
+        + ("" if measured["decided"] else "; their intervals do not tell them apart")
+    )
+    return lines
+
+
+def quantized_base(trained_on: Mapping[str, Any]) -> str:
+    """What the adapter was trained on."""
+    settings = trained_on["settings"]
+    if not settings:
+        return f"the quantized base {trained_on['folder']}"
+    double = " with double quantization" if settings["double_quant"] else ""
+    return f"a base in {settings['quant_type'].upper()}{double}"
+
+
 def visible(text: str, limit: int = 60) -> str:
     """`text` with everything that does not show (controls, format characters, lone marks) as its code point."""
     shown = []

@@ -1,7 +1,7 @@
 """The user's texts: read, split, rendered with the model's own chat template, tokenized once."""
 
 from lora2edge.texts.items import prompt_key, read_items, split_items
-from lora2edge.texts.renderer import Renderer
+from lora2edge.texts.renderer import Renderer, check_template
 from lora2edge.texts.samples import Texts, load_calibration, load_texts, read_samples, samples_digest, write_samples
 from lora2edge.texts.template import ChatTemplate, Piece, pieces
 
@@ -10,6 +10,7 @@ __all__ = [
     "Piece",
     "Renderer",
     "Texts",
+    "check_template",
     "load_calibration",
     "load_texts",
     "pieces",

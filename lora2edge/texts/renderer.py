@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lora2edge.checkpoint import read_tokenizer_file
 from lora2edge.contracts import Item, Message, Sample, TokenizerFiles
 from lora2edge.errors import CheckpointError, DataError
-from lora2edge.texts.template import ChatTemplate, holds_marker, pieces
+from lora2edge.texts.template import ChatTemplate, TemplateLimitError, holds_marker, pieces
 
 MEASURED_DATE = datetime(2025, 1, 1)
 """What a template that asks for today's date gets in a measured sample, so that a figure can be repeated."""
@@ -37,7 +38,7 @@ class Renderer:
     def __init__(self, tokenizer: TokenizerFiles) -> None:
         import tokenizers
 
-        self._source = _json(tokenizer, "tokenizer.json")
+        self._source = read_tokenizer_file(tokenizer, "tokenizer.json")
         if not self._source:
             raise CheckpointError(
                 "no-tokenizer-json",
@@ -51,14 +52,14 @@ class Renderer:
             raise CheckpointError("broken-tokenizer", "tokenizer.json cannot be read", why=str(error)) from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self._config = _json(tokenizer, "tokenizer_config.json")
-        self._generation = _json(tokenizer, "generation_config.json")
+        self._config = read_tokenizer_file(tokenizer, "tokenizer_config.json")
+        self._generation = read_tokenizer_file(tokenizer, "generation_config.json")
         self._markers = {
             token["content"]: _Marker(int(token["id"]), bool(token.get("lstrip")), bool(token.get("rstrip")))
             for token in self._source.get("added_tokens") or []
             if token.get("special")
         }
-        self._variables = _special_tokens(self._config, _json(tokenizer, "special_tokens_map.json"))
+        self._variables = _special_tokens(self._config, read_tokenizer_file(tokenizer, "special_tokens_map.json"))
         self.chat_template = _chat_template(tokenizer, self._config)
         """Source of the Jinja template, or None."""
         self._live = self._template(None)
@@ -210,18 +211,31 @@ class Renderer:
         return self._markers[places[min(places)]].id if places else None
 
 
-def _json(tokenizer: TokenizerFiles, name: str) -> dict[str, Any]:
-    """The parsed file, {} where there is none."""
-    path = tokenizer.files.get(name)
-    if path is None:
-        return {}
+def check_template(tokenizer: TokenizerFiles) -> None:
+    """Renders one conversation, or the part of it that the template takes. Raises TemplateLimitError.
+
+    What else a template raises, it raises for those who give it a conversation.
+    """
+    config = read_tokenizer_file(tokenizer, "tokenizer_config.json")
+    source = _chat_template(tokenizer, config)
+    if source is None:
+        return
+    messages = [{"role": role, "content": "What is it?"} for role in ("system", "user", "assistant", "user")]
+    variables = _special_tokens(config, read_tokenizer_file(tokenizer, "special_tokens_map.json"))
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("broken-tokenizer", f"cannot read {path}", why=str(error)) from error
-    if not isinstance(data, dict):
-        raise CheckpointError("broken-tokenizer", f"{path} holds no JSON object")
-    return data
+        template = ChatTemplate(source, variables)
+    except TemplateLimitError:
+        raise
+    except DataError:
+        return
+    for part in (messages, messages[1:], messages[1:2]):
+        try:
+            template.render(part, add_generation_prompt=True)
+        except TemplateLimitError:
+            raise
+        except DataError:
+            continue
+        return
 
 
 def _special_tokens(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> dict[str, str]:

@@ -1,18 +1,26 @@
-"""Chat templates: rendered in a sandbox the way transformers renders them, and split at their own markers."""
+"""Chat templates: rendered the way transformers renders them, within limits, and split at their own markers."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from lora2edge.contracts import Message
 from lora2edge.errors import DataError
-
-_TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+from lora2edge.texts import sandbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,45 +32,49 @@ class Piece:
     """True: a special token that the template wrote. False: text, in which a special token's name is text too."""
 
 
+class TemplateLimitError(DataError):
+    """A template that does not end, or needs too much: it is not asked again."""
+
+
 class ChatTemplate:
-    """A Jinja chat template in an immutable sandbox, set up as transformers sets it up.
+    """A Jinja chat template in an immutable sandbox, set up as transformers sets it up, in a process with limits.
 
     `variables` are the special tokens (`bos_token`, `eos_token`, …). `today` fixes the date that templates such
     as Llama 3.1's write into the system prompt; None is the real one. Raises DataError where the template cannot
-    be parsed.
+    be parsed, TemplateLimitError where that takes too long.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str], today: datetime | None = None) -> None:
         self.source = source
         self.variables = dict(variables)
-        self._today = today
-        self._template = _compile(source, self._now)
+        self._request = {
+            "source": source,
+            "variables": self.variables,
+            "today": today.isoformat() if today else None,
+            "messages": None,
+        }
+        reply = _ask(self._request, "be parsed")
+        if reply.get("error") == "syntax":
+            raise DataError(
+                "chat-template-syntax",
+                "the chat template cannot be parsed",
+                why=reply["why"],
+                hint="compare chat_template.jinja with the base model's own",
+            )
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as one string. Raises DataError where the template refuses it or fails."""
-        import jinja2
-
-        try:
-            return str(
-                self._template.render(
-                    messages=[dict(message) for message in messages],
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.variables,
-                )
-            )
-        except (jinja2.TemplateError, *_TEMPLATE_FAILURES) as error:
-            roles = ", ".join(message["role"] for message in messages)
+        roles = ", ".join(message["role"] for message in messages)
+        what = f"render a conversation of {roles}"
+        reply = _ask({**self._request, "messages": messages, "add_generation_prompt": add_generation_prompt}, what)
+        if "error" in reply:
             raise DataError(
                 "chat-template-refused",
-                f"the chat template cannot render a conversation of {roles}",
-                why=f"{type(error).__name__}: {error}",
+                f"the chat template cannot {what}",
+                why=reply["why"],
                 hint="change the roles in the data, or the adapter's chat_template.jinja",
-            ) from error
-
-    def _now(self, layout: str) -> str:
-        return (self._today or datetime.now()).strftime(layout)
+            )
+        return reply["text"]
 
 
 def pieces(
@@ -146,63 +158,88 @@ def _joined(found: Sequence[Piece]) -> list[Piece]:
     return result
 
 
-def _compile(source: str, now: Any) -> Any:
-    """The settings, filters and names of transformers' `chat_template_utils._compile_jinja_template`."""
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = now
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            "chat-template-syntax",
-            "the chat template cannot be parsed",
-            why=f"line {error.lineno}: {error.message}",
-            hint="compare chat_template.jinja with the base model's own",
-        ) from error
-    except (RecursionError, MemoryError) as error:
-        raise DataError(
-            "chat-template-syntax",
-            "the chat template cannot be parsed",
-            why="it is nested too deeply",
-            hint="compare chat_template.jinja with the base model's own",
-        ) from error
+def _ask(request: Mapping[str, Any], what: str) -> dict[str, str]:
+    """The reply of the process that renders: `text`, or `error` and `why`. Raises TemplateLimitError."""
+    global _process
+    with _lock:
+        if _process is None or not _process.is_mine():
+            _process = _Process()
+        reply = _process.ask(request)
+        if "text" not in reply and reply["error"] == "limit":
+            _process.end()
+            _process = None
+    if reply.get("error") == "limit":
+        raise TemplateLimitError(
+            "chat-template-refused",
+            f"the chat template cannot {what}",
+            why=reply["why"],
+            hint="compare chat_template.jinja, or tokenizer_config.json, with the base model's own",
+        )
+    return reply
 
 
-def _generation_tag() -> Any:
-    """`{% generation %}`, which marks the assistant's text for training, renders its body."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.parser import Parser
+class _Process:
+    """The process that renders; it ends with this one."""
 
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012  (Jinja declares it on the instance)
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._child = subprocess.Popen(
+            # -P: the script's folder is no place to import from.
+            [sys.executable, "-P", sandbox.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        atexit.register(self.end)
 
-        def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+    def is_mine(self) -> bool:
+        """Whether it lives, and is this process's: a fork has its parent's."""
+        return self._owner == os.getpid() and self._child.poll() is None
 
-    return Generation
+    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        """One reply. A process that ends without one, or takes too long, has met its limits."""
+        assert self._child.stdin and self._child.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(json.dumps(request).encode() + b"\n")
+            self._child.stdin.flush()
+        line = self._read_line(self._child.stdout.fileno())
+        if line is None:
+            return {"error": "limit", "why": f"it does not end: nothing came of it in {_WAIT_SECONDS:.0f} s"}
+        if line.endswith(b"\n"):
+            reply: dict[str, str] = json.loads(line)
+            return reply
+        status = self._child.wait()
+        if status == -signal.SIGXCPU:
+            return {"error": "limit", "why": f"it does not end: {sandbox.CPU_SECONDS} s of computing were not enough"}
+        return {"error": "limit", "why": f"the process that renders it ended with status {status}"}
+
+    def end(self) -> None:
+        """Ends it; harmless when done twice, and in a fork."""
+        if self._owner == os.getpid():
+            atexit.unregister(self.end)
+            self._child.kill()
+            self._child.wait()
+            for pipe in (self._child.stdin, self._child.stdout):
+                if pipe:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+    def _read_line(self, handle: int) -> bytes | None:
+        """A line; less where the process ends before; None where it takes too long."""
+        parts: list[bytes] = []
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while not parts or not parts[-1].endswith(b"\n"):
+            ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return None
+            parts.append(os.read(handle, 1 << 20))
+            if not parts[-1]:
+                break
+        return b"".join(parts)
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> Iterator[str]:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
+_WAIT_SECONDS = 30.0
+"""On a machine where it gets little of the processor, too."""
+_lock = threading.Lock()
+_process: _Process | None = None

@@ -25,10 +25,11 @@ from lora2edge.backends.gguf import write as gguf_write
 from lora2edge.backends.hf import backend as hf_backend
 from lora2edge.backends.hf import write as hf_write
 from lora2edge.contracts import AdapterRef, CheckpointRef
+from lora2edge.directio import BLOCK
 from lora2edge.progress import SILENT
 from lora2edge.target import load_target
 
-STEPS = ("open", "write", "fsync", "ftruncate", "mkdir", "rename", "replace", "unlink", "rmdir")
+STEPS = ("open", "write", "pwritev", "fsync", "ftruncate", "mkdir", "rename", "replace", "unlink", "rmdir")
 
 
 class Steps:
@@ -46,6 +47,9 @@ class Steps:
             if self.count == self.fatal:
                 if name == "write":
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                elif name == "pwritev":
+                    handle, (data,), offset = arguments
+                    call(handle, [data[: len(data) // 2 // BLOCK * BLOCK]], offset)
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
 

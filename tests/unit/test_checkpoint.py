@@ -25,7 +25,9 @@ from lora2edge.checkpoint import (
     read_header,
     vocabulary_size,
 )
+from lora2edge.checkpoint.layers import find_missing
 from lora2edge.errors import CheckpointError, Refusals
+from tests.damage import join_header, split_header
 from tests.tiny import make_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -240,6 +242,14 @@ def test_missing_shard(base: Path) -> None:
     assert shard.name in error.what
 
 
+def test_many_missing_shards_are_counted(base: Path) -> None:
+    names = {f"t{i}": f"s{i:05}.safetensors" for i in range(20_000)}
+    edit_json(base / INDEX, lambda data: data["weight_map"].update(names))
+    error = refused(base)
+    assert error.code == "missing-shard"
+    assert "s00000.safetensors, s00001.safetensors, s00002.safetensors and 19,997 more" in error.what
+
+
 def test_index_that_points_outside(base: Path) -> None:
     edit_json(base / INDEX, lambda data: data["weight_map"].update({"x": "../../etc/passwd"}))
     assert refused(base).code == "missing-shard"
@@ -324,6 +334,78 @@ def test_untied_checkpoint_without_a_head(base: Path) -> None:
     error = refused(base)
     assert error.code == "missing-tensor"
     assert "head" in error.what
+
+
+def llama_like(layers: int, *parts: str) -> set[str]:
+    return {f"model.layers.{number}.{part}.weight" for number in range(layers) for part in parts} | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "lacks"),
+    [
+        ({}, llama_like(4, "q", "k") - {"model.layers.2.k.weight"}, "model.layers.2.k.weight"),
+        ({"num_hidden_layers": 4}, llama_like(3, "q", "k"), "model.layers.3"),
+        ({"n_layer": 10**9}, llama_like(3, "q"), "model.layers.3, model.layers.4, model.layers.5 and 99,994 more"),
+        ({}, {name for name in llama_like(4, "q", "k") if ".1." not in name}, "model.layers.1"),
+        (
+            {"num_hidden_layers": 4},
+            llama_like(4, "experts.0.up", "experts.1.up") - {"model.layers.3.experts.1.up.weight"},
+            "model.layers.3.experts.1.up.weight",
+        ),
+    ],
+)
+def test_layers_that_lack_a_tensor(config: dict[str, Any], names: set[str], lacks: str) -> None:
+    error = find_missing(config, names)
+    assert error is not None and error.code == "missing-tensors"
+    assert error.what == f"the checkpoint lacks {lacks}"
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"num_hidden_layers": 4}, llama_like(4, "q", "k")),
+        # DeepSeek: dense first layers, and a layer more for the prediction of several tokens.
+        (
+            {"num_hidden_layers": 4, "first_k_dense_replace": 1},
+            llama_like(5, "q", "experts.0.up") - {"model.layers.0.experts.0.up.weight"}
+            | {"model.layers.0.up.weight", "model.layers.4.eh_proj.weight"},
+        ),
+        # T5: only the first block of each stack has the bias, and the decoder's blocks have another layer.
+        (
+            {"num_layers": 3, "num_decoder_layers": 2},
+            {f"encoder.block.{i}.layer.{j}.wi.weight" for i in range(3) for j in range(2)}
+            | {f"decoder.block.{i}.layer.{j}.wi.weight" for i in range(2) for j in range(3)}
+            | {"encoder.block.0.layer.0.bias.weight", "decoder.block.0.layer.0.bias.weight"},
+        ),
+        # ALBERT: one layer runs twelve times.
+        (
+            {"num_hidden_layers": 12},
+            {"albert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight", "albert.embeddings.weight"},
+        ),
+        # Jamba and others: attention in some layers, recurrence in the rest.
+        ({"num_hidden_layers": 2}, {"model.layers.0.mamba.weight", "model.layers.1.q.weight"}),
+        # Nemotron-NAS: layers without attention.
+        (
+            {"num_hidden_layers": 4, "block_configs": [{}] * 4},
+            llama_like(4, "q", "mlp") - {"model.layers.2.q.weight"},
+        ),
+    ],
+)
+def test_layers_of_another_kind_lack_nothing(config: dict[str, Any], names: set[str]) -> None:
+    assert find_missing(config, names) is None
+
+
+def test_a_base_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", "qwen2", layers=3)
+    header, data = split_header(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    start, stop = header.pop(name)["data_offsets"]
+    for key, entry in header.items():
+        if key != "__metadata__" and entry["data_offsets"][0] >= stop:
+            entry["data_offsets"] = [at - (stop - start) for at in entry["data_offsets"]]
+    join_header(base / "model.safetensors", header, data[:start] + data[stop:])
+    error = refused(base)
+    assert error.code == "missing-tensors" and name in error.what
 
 
 # ---------------------------------------------------------------- headers

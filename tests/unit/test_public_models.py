@@ -190,7 +190,9 @@ def test_own_code_is_refused_by_name(tmp_path: Path) -> None:
     found = survey_build(recipe, targets, machine=_machine())
     (error,) = found.errors
     assert error.code == "custom-code" and "modeling_qwen.QWenLMHeadModel" in error.what
-    assert "--trust-remote-code" in error.why and "merge" in error.hint
+    assert "--trust-remote-code" in error.hint and "merge" in error.hint
+    trusted = survey_build(recipe.model_copy(update={"trust_remote_code": True}), targets, machine=_machine())
+    assert not trusted.errors
     assert set(found.estimates) == {"hf/merged"} and found.refused["gguf/q4_k_m"][0].code == "gguf-architecture"
     assert all("own code" in stage.note for stage in found.stages if stage.stage in {"prove", "calibrate", "measure"})
     without = survey_build(recipe.model_copy(update={"data": None}), targets[:1], machine=_machine())

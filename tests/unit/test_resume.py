@@ -162,7 +162,6 @@ def test_the_base_is_hashed_on_the_way(
         return path_open(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", recorded)
-    monkeypatch.setattr("lora2edge.artifact.AHEAD_BYTES", 0)
     lower_here(view, load_target("hf/merged"), None, tmp_path / "out", SILENT)
     weights = [name for name in opened if name.startswith("model-") and name.endswith(".safetensors")]
     assert sorted(weights) == sorted(path.name for path in base.glob("*.safetensors"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lora2edge.recipe import DataFiles
 from lora2edge.texts import (
     ChatTemplate,
     Renderer,
+    check_template,
     load_calibration,
     load_texts,
     pieces,
@@ -26,6 +29,8 @@ from lora2edge.texts import (
     split_items,
     write_samples,
 )
+from lora2edge.texts import template as template_module
+from lora2edge.texts.template import TemplateLimitError
 from tests.tiny import CHATML, GEMMA_TEMPLATE, bpe_tokenizer, make_data, spm_tokenizer
 
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -203,6 +208,47 @@ def test_a_template_that_fails_or_reaches_out_is_refused(source: str, code: str)
     with pytest.raises(DataError) as caught:
         ChatTemplate(source, {}).render(TALK, add_generation_prompt=False)
     assert caught.value.code == code
+
+
+def test_a_template_that_hangs_on_one_conversation_alone_is_stopped_there() -> None:
+    """And the next rendering finds a process that works."""
+    source = "{% if messages | length > 1 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+    source += "{% endfor %}{% endif %}done"
+    template = ChatTemplate(source, {})
+    assert template.render(TALK[:1], add_generation_prompt=False) == "done"
+    began = time.monotonic()
+    with pytest.raises(TemplateLimitError) as caught:
+        template.render(TALK, add_generation_prompt=False)
+    assert caught.value.code == "chat-template-refused" and "does not end" in caught.value.why
+    assert time.monotonic() - began < 30
+    assert template.render(TALK[:1], add_generation_prompt=False) == "done"
+
+
+def test_a_fork_renders_in_a_process_of_its_own() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    child = os.fork()
+    if child == 0:
+        os._exit(template.render(TALK[:1], add_generation_prompt=False) != TALK[0]["content"])
+    assert os.waitpid(child, 0)[1] == 0
+    assert template.render(TALK[:1], add_generation_prompt=False) == TALK[0]["content"]
+
+
+def test_the_process_that_renders_is_replaced_when_it_is_gone() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    running = template_module._process
+    assert running is not None
+    running._child.kill()
+    running._child.wait()
+    assert template.render(TALK[:1], add_generation_prompt=False) == TALK[0]["content"]
+
+
+@pytest.mark.parametrize("roles", ["system", "system and two users", "everybody"])
+def test_what_a_template_raises_on_purpose_is_no_refusal_of_the_plan(tmp_path: Path, roles: str) -> None:
+    source = {"system": "{% if messages[0].role == 'system' %}", "everybody": "{% if true %}"}.get(
+        roles, "{% if messages | length > 1 %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(source + "{{ raise_exception('not these') }}{% endif %}")
+    check_template(TokenizerFiles({"chat_template.jinja": tmp_path / "chat_template.jinja"}))
 
 
 def test_pieces_are_the_rendering_split_at_its_markers() -> None:

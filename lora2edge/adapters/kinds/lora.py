@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) with its variants: rsLoRA (2312.03732), DoRA (2402.09353), biases, single tokens."""
+"""LoRA (arXiv 2106.09685) with its variants: rsLoRA (2312.03732), DoRA (2402.09353), starts, biases, single tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds.common import COMMON_KEYS, pattern_value, whole
+from lora2edge.adapters.kinds.common import COMMON_KEYS, RESTORE, pattern_value, whole
+from lora2edge.adapters.kinds.starts import OLORA, PISSA, find_start
 from lora2edge.adapters.parts import Part, Update
 from lora2edge.checkpoint import TensorReader
 from lora2edge.errors import AdapterError
@@ -50,6 +51,8 @@ class LowRank:
     """`[out, in]` of BA."""
     magnitude: str | None = None
     """`[out]`."""
+    start: str | None = None
+    """`pissa` or `olora`, where PEFT takes that start off the base's weight: ΔW = scale · (B A − B₀ A₀)."""
 
     @property
     def parameter(self) -> str:
@@ -61,19 +64,29 @@ class LowRank:
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         if shape == self.shape:
-            return None
+            too_large = self.start and self.rank > min(shape)
+            return f"{self.module} is {list(shape)}: it has no start of rank {self.rank}" if too_large else None
         return f"{self.module}: lora_A and lora_B make {list(self.shape)}, the base has {list(shape)}"
 
     def load(self) -> PairUpdate:
+        assert self.start is None, "depends on the weight: load_for()"
         a, b = self._factors()
         return PairUpdate.of(b, a, lengths=self._lengths())
 
-    def load_transposed(self, slabs: Callable[[], Iterator[tuple[int, int, FloatArray]]]) -> PairUpdate:
-        """The same for a weight that is stored `[in, out]`: `apply` takes rows of that.
+    def load_for(self, slabs: Callable[[], Iterator[tuple[int, int, FloatArray]]], *, transposed: bool) -> PairUpdate:
+        """The same where it depends on the weight, or where that is stored `[in, out]` and `apply` takes rows of that.
 
-        `slabs` gives all of the unmerged weight as (start, stop, rows), for DoRA's lengths.
+        `slabs` gives all of the unmerged weight as (start, stop, rows): for the start, which holds it whole, and for
+        DoRA's lengths.
         """
         a, b = self._factors()
+        if self.start:
+            stored = np.concatenate([rows for _, _, rows in slabs()])
+            weight = stored.T if transposed else stored
+            left, right = find_start(self.start, weight, self.rank, self.scale, self.module)
+            a, b = np.concatenate((a, right)), np.concatenate((b, -left), axis=1)
+        if not transposed:
+            return PairUpdate.of(b, a, lengths=self._lengths())
         update = PairUpdate.of(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T))
         lengths = self._lengths()
         if lengths is None:
@@ -356,7 +369,23 @@ def _pair(
             why="DoRA has a length for each output",
             hint="save the adapter again",
         )
-    return LowRank(module, reader, embedding, found["A"], found["B"], rank, scale, shape, magnitude)
+    start = None if embedding else _start(config)
+    if start and scale <= 0:
+        raise AdapterError(
+            "adapter-setting",
+            f"{module}: a start {start!r} with the scale {scale:g} is not supported",
+            why="PEFT divides by it",
+            hint=RESTORE,
+        )
+    return LowRank(module, reader, embedding, found["A"], found["B"], rank, scale, shape, magnitude, start)
+
+
+def _start(config: Mapping[str, Any]) -> str | None:
+    """The start that PEFT takes off a linear layer's weight; an embedding's has none."""
+    name = config.get("init_lora_weights")
+    if name == PISSA:
+        return PISSA
+    return OLORA if isinstance(name, str) and name.lower() == OLORA else None
 
 
 def _holds_experts(config: Mapping[str, Any], module: str) -> bool:

@@ -106,7 +106,17 @@ class GgufBackend:
         versions = {library.facts["library"]: library.facts["version"], "llama.cpp": library.facts["llama_cpp"]}
         return Lowered(versions, {**facts(decision, types, importance), "tokenizer": parity})
 
-    def open(self, path: Path, target: Target, *, device: str, threads: int, slots: int, max_length: int) -> Session:
+    def open(
+        self,
+        path: Path,
+        target: Target,
+        *,
+        device: str,
+        threads: int,
+        slots: int,
+        max_length: int,
+        trust_remote_code: bool = False,
+    ) -> Session:
         """A session on `path / model.gguf`."""
         from lora2edge.backends.gguf.session import open_session
 

@@ -18,6 +18,7 @@ from typing import Any
 from lora2edge.backends.gguf.container import Metadata
 from lora2edge.backends.gguf.pretokenizers import pre_tokenizer_name
 from lora2edge.backends.gguf.tokens import NORMALIZER_KEY
+from lora2edge.checkpoint import read_tokenizer_file
 from lora2edge.contracts import TokenizerFiles
 from lora2edge.errors import CheckpointError, UnsupportedError
 
@@ -73,16 +74,16 @@ class TokenizerSection:
 
 def read_vocabulary(files: TokenizerFiles, config: Mapping[str, Any], rows: int) -> TokenizerSection:
     """The vocabulary, filled up to the embedding's `rows`. Raises UnsupportedError, CheckpointError."""
-    tokenizer = _read_json(files, "tokenizer.json")
-    if tokenizer is None:
+    tokenizer = read_tokenizer_file(files, "tokenizer.json")
+    if not tokenizer:
         raise UnsupportedError(
             "gguf-tokenizer",
             "the checkpoint has no tokenizer.json",
             why="other tokenizer files are not read",
             hint="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
-    settings = _read_json(files, "tokenizer_config.json") or {}
-    generation = _read_json(files, "generation_config.json") or {}
+    settings = read_tokenizer_file(files, "tokenizer_config.json")
+    generation = read_tokenizer_file(files, "generation_config.json")
     model = tokenizer.get("model") or {}
     sentencepiece = bool(model.get("byte_fallback"))
     _check_model(model)
@@ -118,19 +119,6 @@ def read_vocabulary(files: TokenizerFiles, config: Mapping[str, Any], rows: int)
         strips_like_phi3=strips,
         notes=(*notes, *stripping_notes),
     )
-
-
-def _read_json(files: TokenizerFiles, name: str) -> dict[str, Any] | None:
-    path = files.files.get(name)
-    if path is None:
-        return None
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError("tokenizer-unreadable", f"{path} cannot be read", why=str(error)) from error
-    if not isinstance(data, dict):
-        raise CheckpointError("tokenizer-unreadable", f"{path} is no JSON object", why=f"it is a {type(data).__name__}")
-    return data
 
 
 def _check_model(model: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora2edge.backends.hf.session import open_baseline
-from lora2edge.backends.hf.write import write_checkpoint
+from lora2edge.backends.hf.write import write_bytes, write_checkpoint
 from lora2edge.checkpoint import FLOAT_DTYPES, open_checkpoint
 from lora2edge.contracts import (
     BackendHealth,
@@ -26,7 +26,7 @@ from lora2edge.contracts import (
     TensorDamage,
     TensorInfo,
 )
-from lora2edge.errors import InputError, TargetError, UnsupportedError, refuse
+from lora2edge.errors import InputError, TargetError, refuse
 from lora2edge.target import Target
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 PRECISION = "stored"
 _SLAB_ELEMENTS = 1 << 22
-_WRITE_RAM_BYTES = 256 << 20
+_BASE_RAM = 84 << 20
+"""Python, numpy and the rest, measured; and the next two."""
+_RAM_PER_TENSOR = 8 << 10
+_RAM_PER_TOKENIZER_BYTE = 2
+_THREADS_PER_CORE = 2
+"""At most: slabs are computed on all logical cores, the plan knows the physical ones."""
 _WRITE_BYTES_PER_SECOND = 200e6
 """On one core, merging included; a slow disk is slower."""
 _LIBRARIES = ("torch", "transformers", "peft")
@@ -48,7 +53,7 @@ class HfBackend:
     extra = "torch"
 
     def check(self, checkpoint: Checkpoint, target: Target, machine: Machine) -> Estimate:
-        """Any checkpoint can be written; a precision or option of another backend is refused."""
+        """Any checkpoint can be written, whatever its task; a precision or option of another backend is refused."""
         errors: list[InputError] = []
         if target.precision != PRECISION:
             errors.append(
@@ -68,14 +73,15 @@ class HfBackend:
                     hint="options: {}",
                 )
             )
-        if checkpoint.task != "causal-lm":
-            errors.append(UnsupportedError("task", f"{checkpoint.task} models cannot be measured yet"))
         refuse(errors)
         size = sum(
             tensor.size * (FLOAT_DTYPES.get(tensor.dtype) or _WIDTHS.get(tensor.dtype, 1))
             for tensor in checkpoint.tensors.values()
         )
-        return Estimate(ram_bytes=_WRITE_RAM_BYTES, disk_bytes=size, seconds=size / _WRITE_BYTES_PER_SECOND)
+        tokenizer_bytes = sum(Path(path).stat().st_size for path in checkpoint.tokenizer.files.values())
+        ram = _BASE_RAM + _RAM_PER_TENSOR * len(checkpoint.tensors) + _RAM_PER_TOKENIZER_BYTE * tokenizer_bytes
+        ram += write_bytes(checkpoint, _THREADS_PER_CORE * machine.cores)
+        return Estimate(ram_bytes=ram, disk_bytes=size, seconds=size / _WRITE_BYTES_PER_SECOND)
 
     def lower(
         self,
@@ -90,12 +96,27 @@ class HfBackend:
         dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
         return Lowered(versions={"numpy": np.__version__}, notes={"dtypes": dtypes})
 
-    def open(self, path: Path, target: Target, *, device: str, threads: int, slots: int, max_length: int) -> Session:
+    def open(
+        self,
+        path: Path,
+        target: Target,
+        *,
+        device: str,
+        threads: int,
+        slots: int,
+        max_length: int,
+        trust_remote_code: bool = False,
+    ) -> Session:
         """The written folder in PyTorch, in its own dtype."""
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         return open_baseline(
-            CheckpointRef.of(path), dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length
+            CheckpointRef(str(path), trust_remote_code=trust_remote_code),
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            slots=slots,
+            max_length=max_length,
         )
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:

@@ -41,11 +41,10 @@ def _load_combined(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
 
 
 def _load_base(ref: CheckpointRef, *, dtype: str, device: str, adapters: Sequence[AdapterRef]) -> Any:
-    stored = read_json_file(Path(ref.base) / "config.json", "bad-config")
-    if ref.requantized or stored.get("quantization_config"):
+    if is_quantized(ref):
         model = build_model(open_base(ref), dtype=dtype, device=device, rounded=True)
     else:
-        model = _load_plain(Path(ref.base), dtype)
+        model = _load_plain(Path(ref.base), dtype, trust_remote_code=ref.trust_remote_code)
     return _with_adapters(model, adapters) if adapters else model
 
 
@@ -58,7 +57,13 @@ def find_reference(ref: CheckpointRef) -> str:
     return view.reference
 
 
-def _load_plain(base: Path, dtype: str) -> Any:
+def is_quantized(ref: CheckpointRef) -> bool:
+    """Whether the base has quantized weights, which are dequantized when it is loaded."""
+    stored = read_json_file(Path(ref.base) / "config.json", "bad-config")
+    return ref.requantized is not None or bool(stored.get("quantization_config"))
+
+
+def _load_plain(base: Path, dtype: str, *, trust_remote_code: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +72,7 @@ def _load_plain(base: Path, dtype: str) -> Any:
             base,
             dtype=getattr(torch, dtype),
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )

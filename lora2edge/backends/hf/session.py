@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora2edge.backends.hf.batching import Batcher
-from lora2edge.backends.hf.load import find_reference, load_live, resolve_tokenizer
+from lora2edge.backends.hf.load import find_reference, is_quantized, load_live, resolve_tokenizer
 from lora2edge.calibration.model import build_model
 from lora2edge.contracts import GREEDY, Checkpoint, CheckpointRef, Message, Sampling, SessionFacts, TokenizerFiles
 from lora2edge.errors import DataError, UnsupportedError
@@ -37,10 +38,13 @@ def open_baseline(
     """
     model = load_live(ref, dtype=dtype, device=device)
     files = resolve_tokenizer(ref)
-    return HfSession(
+    session = HfSession(
         model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length,
         reference=find_reference(ref),
     )  # fmt: skip
+    if is_quantized(ref):
+        session.facts = replace(session.facts, build=f"{session.facts.build}; quantized base, dequantized when loaded")
+    return session
 
 
 def open_merged(

@@ -13,20 +13,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora2edge.adapters import written_config
+from lora2edge.adapters import MergedCheckpoint, written_config
 from lora2edge.backends.slabs import in_order
-from lora2edge.checkpoint import FLOAT_DTYPES, encode_rows
+from lora2edge.checkpoint import FLOAT_DTYPES, encode_rows, read_ahead, window_bytes
 from lora2edge.contracts import Checkpoint, Progress, StoredBytes, TensorInfo
 from lora2edge.errors import CheckpointError
-from lora2edge.journal import GrowingFile, Journal
+from lora2edge.journal import STAGED_BYTES, GrowingFile, Journal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SHARD_BYTES = 5_000_000_000
-SLAB_ELEMENTS = 1 << 19
-"""2 MB of float32: the passes over a slab stay near a core's own cache, and few slabs are in flight."""
+SLAB_ELEMENTS = 1 << 18
+"""1 MB of float32: the passes over a slab stay in a core's own cache, and little is in flight."""
 COPY_BYTES = 1 << 20
+_BYTES_IN_WORK = 14
+"""Of one element: as read, in float32, its delta, rounded."""
+_WAITING, _WIDEST = 3, 4
+"""Rounded slabs per thread that wait to be written, and the bytes of an element there (F64 is seldom)."""
 _INFINITIES = {"BF16": (2, 0x7F80), "F16": (2, 0x7C00), "F32": (4, 0x7F80_0000), "F64": (8, 0x7FF0 << 48)}
 """Stored dtype → bytes of a word, and infinity as an integer."""
 
@@ -51,6 +55,20 @@ def write_checkpoint(view: Checkpoint, out: Path, progress: Progress, shard_byte
     _write_json(out / "config.json", written_config(view))
     for name, path in view.tokenizer.files.items():
         shutil.copyfile(path, out / name)
+
+
+def write_bytes(view: Checkpoint, threads: int) -> int:
+    """Memory that `write_checkpoint` takes at most beside the libraries', with reading ahead; told from headers.
+
+    A slab is one row at least: of an embedding that is little, of a stack of experts it is a matrix.
+    """
+    infos = view.tensors.values()
+    slab = min(SLAB_ELEMENTS, max((info.size for info in infos), default=0))
+    slab = max([slab, *(info.size // info.shape[0] for info in infos if info.shape and info.shape[0])])
+    stored = sum(_length(view, info) for info in infos)
+    updates = view.update_bytes() if isinstance(view, MergedCheckpoint) else 0
+    slabs = slab * threads * (_BYTES_IN_WORK + _WAITING * _WIDEST) + min(COPY_BYTES * threads, stored)
+    return min(window_bytes(threads), stored) + min(STAGED_BYTES, stored) + slabs + updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +127,7 @@ def _write_shard(view: Checkpoint, shard: _Shard, journal: Journal, progress: Pr
         return
     pieces = list(_pieces(view, shard))
     ends = list(accumulate((piece.length for piece in pieces), initial=len(shard.header)))
-    with GrowingFile(journal, shard.file_name, set(ends)) as file:
+    with GrowingFile(journal, shard.file_name, set(ends), direct=True) as file:
         if not file.size:
             file.append(memoryview(shard.header))
         progress.advance(file.size - len(shard.header))
@@ -143,9 +161,9 @@ def _pieces(view: Checkpoint, shard: _Shard) -> Iterator[_Piece]:
             continue
         rows = info.shape[0] if info.shape else 1
         row_bytes = info.size // max(rows, 1) * FLOAT_DTYPES[info.dtype]
-        slab = max(1, SLAB_ELEMENTS * rows // max(info.size, 1))
-        for start in range(0, rows, slab):
-            stop = min(start + slab, rows)
+        count = min(-(-info.size // SLAB_ELEMENTS), rows)
+        for index in range(count):
+            start, stop = index * rows // count, (index + 1) * rows // count
             yield _Piece(info, None, start, stop, (stop - start) * row_bytes)
 
 
@@ -166,28 +184,32 @@ def _make(view: Checkpoint, piece: _Piece) -> memoryview:
 
 def _copy(info: TensorInfo, part: StoredBytes) -> memoryview:
     """Bytes of an unchanged tensor, looked at, so that a NaN in the base is not passed on unseen."""
-    parts: list[bytes] = []
+    data = np.empty(part.length, np.uint8)
+    if not read_ahead(part.path, part.offset, data):
+        _read(part, data)
+    _require_finite(info, data)
+    return data.data
+
+
+def _read(part: StoredBytes, data: NDArray[np.uint8]) -> None:
     done = 0
     source = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         while done < part.length:
-            parts.append(os.pread(source, part.length - done, part.offset + done))
-            if not parts[-1]:
+            got = os.preadv(source, [data[done:].data], part.offset + done)
+            if got == 0:
                 raise CheckpointError(
                     "file-changed",
                     f"{part.path.name} became shorter while it was read",
                     why=f"byte {part.offset + done} is behind its end",
                     hint="another process writes to the checkpoint: start again when it is done",
                 )
-            done += len(parts[-1])
+            done += got
     finally:
         os.close(source)
-    data = parts[0] if len(parts) == 1 else b"".join(parts)
-    _require_finite(info, data)
-    return memoryview(data)
 
 
-def _require_finite(info: TensorInfo, data: bytes) -> None:
+def _require_finite(info: TensorInfo, data: NDArray[np.uint8]) -> None:
     """Raises CheckpointError where the stored floats hold NaN or infinity: all bits of the exponent are set.
 
     As an unsigned number such a word of negative sign is the largest, as a signed one such a word of positive sign.
@@ -195,7 +217,7 @@ def _require_finite(info: TensorInfo, data: bytes) -> None:
     if info.dtype not in _INFINITIES:
         return
     width, positive = _INFINITIES[info.dtype]
-    words = np.frombuffer(data, f"<i{width}")
+    words = data.view(f"<i{width}")
     negative = positive | 1 << 8 * width - 1
     if words.max(initial=0) >= positive or words.view(f"<u{width}").max(initial=0) >= negative:
         raise CheckpointError(

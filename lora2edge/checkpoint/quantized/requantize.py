@@ -126,7 +126,8 @@ def linear_names(view: Checkpoint) -> list[str]:
             "which-weights",
             "it is not known which weights of this mixture of experts were quantized for training",
             why=f"transformers 4 quantizes experts such as {experts}, transformers 5 does not",
-            hint="give the checkpoint that was saved quantized as --base, or merge with --merge-base original",
+            hint="give the checkpoint that was saved quantized with --trained-on, or, in a recipe, the weights' names: "
+            "trained_on: {quant_type: nf4, names: [...]}",
         )
     return found
 
@@ -164,6 +165,10 @@ class RequantizedCheckpoint:
     @property
     def path(self) -> Path:
         return self.base.path
+
+    @property
+    def is_quantized(self) -> bool:
+        return True
 
     @property
     def ref(self) -> CheckpointRef:

@@ -29,7 +29,7 @@ from tests.tiny import CHATML, bpe_tokenizer, make_adapter, make_checkpoint, ran
 IDS = torch.tensor([[5, 300, 77, 401, 12, 9, 600, 333, 2, 41, 150, 700]])
 NAME = "model.layers.1.self_attn.q_proj.weight"
 RELATIVE = 1e-5
-"""Of the largest logit: what the issue asks for. Float32 gives 5e-7 to 3e-6 on these models."""
+"""Of the largest logit: what the issue asks for. Float32 gives 3e-7 to 2e-6 on these models."""
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,11 @@ def live_together(base: Path, adapters: Sequence[Path], weights: Sequence[float]
 
 
 def weighted_adapter(base: Path, adapters: Sequence[Path], weights: Sequence[float], kind: str, **settings: Any) -> Any:
-    """PEFT's model with what add_weighted_adapter makes of the adapters."""
-    model = live_together(base, adapters)
+    """PEFT's model with what add_weighted_adapter makes of the adapters, in float64.
+
+    In float32 its own decompositions are 2e-6 to 1e-5 away from that, ours less than 1e-6.
+    """
+    model = live_together(base, adapters).double()
     names = [str(index) for index in range(len(adapters))]
     model.base_model.set_adapter(names[0])
     model.add_weighted_adapter(names, list(weights), "new", combination_type=kind, **settings)
@@ -544,3 +547,16 @@ def test_a_resized_vocabulary_among_several(
         np.testing.assert_allclose(delta, alone.delta(end, 700, 780), atol=1e-6)
     wanted = change_of(base, made["a"], NAME) + change_in(alone, NAME)
     assert distance(change_in(view, NAME), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("start", ["olora", "pissa"])
+def test_a_start_that_was_taken_off_the_base(start: str, base: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    """It belongs to its own adapter's change, and is weighted with it; live, each adapter would take one off."""
+    started = make_adapter(tmp_path / "started", base, targets=["q_proj"], init_lora_weights=start)
+    alone = change_in(merge(open_checkpoint(base), [read_adapter(started)]), NAME)
+    view = combined(base, [started, made["a"]], [0.5, 1.0])
+    assert "no live reference" in view.reference
+    assert distance(change_in(view, NAME), 0.5 * alone + change_of(base, made["a"], NAME)) < 1e-5
+    with pytest.raises(AdapterError) as error:
+        combined(base, [started, made["a"]], method="linear")
+    assert error.value.code == "combine-kind"

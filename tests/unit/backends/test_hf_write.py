@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,9 @@ from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Checkpoint
 from lora2edge.errors import CheckpointError
 from lora2edge.progress import SILENT
+from lora2edge.recipe import Recipe
+from lora2edge.survey import survey_build
+from lora2edge.target import load_target
 from tests.tiny import make_adapter, make_checkpoint
 
 
@@ -153,7 +158,7 @@ def test_full_disk_reaches_the_caller(made: tuple[Path, Path], tmp_path: Path, m
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(OSError, match="no space") as error:
         write_checkpoint(view_of(made), tmp_path, SILENT)
     assert error.value.errno == errno.ENOSPC
@@ -177,3 +182,26 @@ def test_rows_from_several_threads(made: tuple[Path, Path]) -> None:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda name: view.rows(name, 1, 32), names))
     assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(alone, together, strict=True))
+
+
+MEASURED = """
+import atexit, sys
+from lora2edge.bench.worker import read_memory
+from lora2edge.cli import main
+atexit.register(lambda: print(read_memory()["peak_rss_bytes"], file=sys.stderr))
+main()
+"""
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_memory_that_the_plan_states_is_enough_and_not_far_above(tmp_path: Path, large: bool) -> None:
+    """Of a whole `lora2edge merge`, for a base of 100 kB and one of 130 MB with a large adapter."""
+    shape = {"hidden": 1024, "intermediate": 8192, "layers": 2} if large else {}
+    base = make_checkpoint(tmp_path / "base", "qwen2", **shape)
+    adapter = make_adapter(tmp_path / "adapter", base, targets=["q_proj", "down_proj"], r=512 if large else 8)
+    survey = survey_build(Recipe(base=str(base), adapter=str(adapter)), [load_target("hf/merged")])
+    stated = survey.estimates["hf/merged"].ram_bytes
+    command = ["merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--json"]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, check=True)
+    peak = int(done.stderr.split()[-1])
+    assert peak < stated < 1.8 * peak

@@ -318,6 +318,11 @@ def test_verbs_on_the_terminal() -> None:
         {
             "inputs": {**report["inputs"], "data": None},
             "adapters": [{"name": "clinic", "kind": "LoRA", "rank": 8, "tensors": 96}],
+            "merge_base": {
+                "method": "measure",
+                "candidates": ["dequantized", "original"],
+                "trained_on": {"settings": {"quant_type": "nf4", "double_quant": True}, "folder": None},
+            },
             "machine": {"cores": 2, "ram_bytes": 8_000_000_000, "disk_bytes": 10**10, "cuda": None},
             "threads": 2,
             "device": "cpu",
@@ -348,6 +353,7 @@ def test_verbs_on_the_terminal() -> None:
     text = console.export_text()
     assert "[bold]before" in text and "2.31" in text and "Gain kept: 97.1" in text and "used again" in text
     assert "imatrix" in text and "1 min 30 s" in text and "more than is free" in text
+    assert "Trained on a base in NF4 with double quantization: both are measured" in text
     assert "clinic: LoRA of rank 8, 96 tensors" in text and "too [large] (memory)" in text
 
 
