@@ -88,6 +88,7 @@ def write_manifest(
         inputs={
             "model": view.file_hashes(),
             "calibration": calibration,
+            **({"combined": view.combined} if view.combined else {}),
             **({"merge_base": dict(merge_base)} if merge_base else {}),
         },
         options=_portable(target),

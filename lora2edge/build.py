@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge import __version__
-from lora2edge.adapters import Adapter
+from lora2edge.adapters import Adapter, MergedCheckpoint
 from lora2edge.artifact import find_artifact, open_artifact
 from lora2edge.bench.machine import describe
 from lora2edge.cache import Cache, now
@@ -245,7 +245,8 @@ def _inputs(recipe: Recipe, view: Checkpoint, adapters: Sequence[Adapter], texts
             "dtype": stored_dtype(view),
             "size_bytes": stored_bytes(view),
         },
-        "adapter": adapters[0].describe() if adapters else None,
+        "adapters": [{**adapter.describe(), "weight": adapter.weight} for adapter in adapters],
+        "combine": view.combination.to_json() if isinstance(view, MergedCheckpoint) and len(adapters) > 1 else None,
         "data": texts.notes if texts else None,
     }
 

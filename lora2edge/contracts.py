@@ -71,11 +71,18 @@ class CheckpointRef:
     """Settings of bitsandbytes where the base's weights are those that 4-bit training on it saw."""
     trust_remote_code: bool = False
     """Whether the user allowed to run the code that the base comes with, in PyTorch."""
+    combine: Mapping[str, Any] | None = None
+    """How the adapters become one change (`adapters.Combination`); None: their weighted sum."""
 
     @staticmethod
     def of(base: Path | str, *adapters: Path | str) -> CheckpointRef:
         """A base folder and adapter folders."""
         return CheckpointRef(str(base), tuple(AdapterRef(str(adapter)) for adapter in adapters))
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether it is more than one adapter as it was trained."""
+        return len(self.adapters) > 1 or any(adapter.weight != 1 for adapter in self.adapters)
 
     @property
     def alone(self) -> CheckpointRef:
@@ -341,6 +348,8 @@ class SessionFacts:
     build: str
     """The kernels' build, e.g. "xllamacpp 2026.10.11549 prebuilt (AVX2)"."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    reference: str = ""
+    """Of a baseline: what it is, where PEFT cannot compute the combination of adapters live."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,10 +89,11 @@ def forecast_stages(
     calibration = max((target.calibration.tokens for target in targets), default=0)
     test = _PROMPT_SHARE * recipe.tokens
     model = proof_bytes(view)
+    proofs = len(view.adapters) if view.reference or view.combination.method == "sequence" else 1
     runs = f"would run the base's own code, {code}" if code else ""
     stages = [
-        _merge(view),
-        StageForecast("prove", None, model, 0, _PROOF_PASSES * calibration * second_per_token, runs),
+        _merge(view, rate),
+        StageForecast("prove", None, model, 0, proofs * _PROOF_PASSES * calibration * second_per_token, runs),
         StageForecast("calibrate", None, model, 0, calibration * second_per_token, runs),
         StageForecast(
             "baseline", None, model, _record_bytes(view, recipe), _BASELINE_PASSES * test * second_per_token, runs
@@ -182,11 +183,11 @@ def is_linear(tensor: TensorInfo) -> bool:
     return (matrix or fused) and not _NOT_LINEAR.search(tensor.name)
 
 
-def find_delta(view: MergedCheckpoint, adapter: Adapter) -> Delta:
-    """The adapter's size, and what it changes."""
+def find_delta(view: MergedCheckpoint, adapter: Adapter, touched: frozenset[str]) -> Delta:
+    """The adapter's size, and what it changes. `touched`: names of the tensors that it changes."""
     tensors = adapter.reader.tensors.values()
     total = sum(tensor.size for tensor in view.tensors.values())
-    changed = sum(view.tensors[name].size for name in view.adapted)
+    changed = sum(view.tensors[name].size for name in touched)
     stored = sum(tensor.size * FLOAT_DTYPES.get(tensor.dtype, 1) for tensor in tensors)
     return Delta(sum(tensor.size for tensor in tensors), stored, changed, changed / total if total else 0.0)
 
@@ -213,14 +214,21 @@ def match_base(view: MergedCheckpoint, adapter: Adapter, given: str | None) -> d
     }
 
 
-def _merge(view: MergedCheckpoint) -> StageForecast:
-    """The view costs what the adapter's tensors cost: rows are merged while a target is written."""
+def _merge(view: MergedCheckpoint, rate: float) -> StageForecast:
+    """The view costs what the adapters' tensors cost: rows are merged while a target is written.
+
+    What is combined in whole tensors takes one of them at a time.
+    """
+    costs = [joint.cost for joint in view.joints]
+    whole = max((size for size, _ in costs), default=0)
+    seconds = sum(operations for _, operations in costs) / rate
+    note = "in memory, while targets are written"
+    if whole:
+        note += f"; {view.combination.method} decomposes whole changes, one tensor at a time, for each pass"
     tensors = [tensor for adapter in view.adapters for tensor in adapter.reader.tensors.values()]
     stored = sum(tensor.size * FLOAT_DTYPES.get(tensor.dtype, 1) for tensor in tensors)
     largest = sorted((4 * tensor.size for tensor in tensors), reverse=True)[:8]
-    return StageForecast(
-        "merge", None, sum(largest), 0, stored / _ADAPTER_BYTES_PER_SECOND, "in memory, while targets are written"
-    )
+    return StageForecast("merge", None, sum(largest) + whole, 0, stored / _ADAPTER_BYTES_PER_SECOND + seconds, note)
 
 
 def _record_bytes(view: Checkpoint, recipe: Recipe) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora2edge.adapters import MergedCheckpoint
 from lora2edge.artifact import (
     RECORD,
     find_artifact,
@@ -28,9 +29,10 @@ from lora2edge.bench.scenario import Scenario, context_needed, load_scenario, ma
 from lora2edge.cache import Cache, now, stage_key
 from lora2edge.calibration import calibrate
 from lora2edge.contracts import Progress, Sample
+from lora2edge.errors import ProofError
 from lora2edge.merge_base import MEASURE
 from lora2edge.plan import ANSWER_TOKENS, Plan
-from lora2edge.quality import choose_nearest, record_reference, verify_merge
+from lora2edge.quality import MergeProof, choose_nearest, join_proofs, record_reference, verify_merge
 from lora2edge.stage import run_stage, stage_command
 from lora2edge.storage import sweep, write_json
 from lora2edge.target import Target
@@ -113,15 +115,23 @@ class Pipeline:
         plan, samples = self.plan, texts.calibration
         session = self._session(samples)
 
+        def verify(view: MergedCheckpoint) -> MergeProof:
+            try:
+                return verify_merge(
+                    lambda dtype: open_baseline(view.ref, dtype=dtype, **session),
+                    lambda dtype, rounded: open_merged(view, dtype=dtype, rounded=rounded, **session),
+                    samples,
+                    dtype=plan.dtype,
+                    progress=self.progress,
+                )
+            except ProofError as error:
+                if len(plan.merged.steps) == 1:
+                    raise
+                step = f"{error.what}, at {view.adapters[-1].path.name}"
+                raise ProofError(error.code, step, why=error.why, hint=error.hint) from error
+
         def measure(folder: Path) -> dict[str, Any]:
-            proof = verify_merge(
-                lambda dtype: open_baseline(plan.merged.ref, dtype=dtype, **session),
-                lambda dtype, rounded: open_merged(plan.merged, dtype=dtype, rounded=rounded, **session),
-                samples,
-                dtype=plan.dtype,
-                progress=self.progress,
-            )
-            return asdict(proof)
+            return join_proofs([verify(view) for view in plan.merged.steps], plan.merged.reference)
 
         return self._cached("prove", [samples_digest(samples), session], measure)
 

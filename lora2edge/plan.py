@@ -59,7 +59,7 @@ class Plan:
 
     def on(self, merge_base: str) -> Plan:
         """The same plan with the adapters merged into that one of `bases`."""
-        merged = merge(self.bases.candidates[merge_base], self.adapters)
+        merged = merge(self.bases.candidates[merge_base], self.adapters, self.merged.combination)
         return replace(self, merged=merged, merge_base=merge_base)
 
     @property

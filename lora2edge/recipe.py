@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from lora2edge.contracts import AdapterRef
+from lora2edge.errors import AdapterError
 from lora2edge.yamlfile import load_yaml, validate
 
 
@@ -19,6 +21,18 @@ class DataFiles(BaseModel):
 
     calibration: str
     test: str
+
+
+class Combine(BaseModel):
+    """How several adapters become one change; which methods and values there are, `adapters.Combination` knows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "sum"
+    density: float | None = None
+    """Share of the entries that pruning keeps."""
+    majority_sign: str | None = None
+    svd_rank: int | None = None
 
 
 class QuantizedTraining(BaseModel):
@@ -46,8 +60,10 @@ class Recipe(BaseModel):
 
     base: str | None = None
     """Checkpoint folder, or hub id with an optional `@revision`; None: the adapter's own base."""
-    adapter: str | None = None
-    """PEFT adapter folder or hub id; None: the base alone."""
+    adapter: str | list[str] | None = None
+    """PEFT adapter folder or hub id, or several, each with an optional `=WEIGHT`; None: the base alone."""
+    combine: Combine | None = None
+    """A method's name, or a mapping; None: the weighted sum."""
     trained_on: QuantizedTraining | str | None = None
     """The quantized base that the adapter was trained on, where `base` is the original: "nf4", "nf4-double", "fp4",
     "fp4-double", settings, or the folder or hub id of a saved one. "16bit": none, whatever its name says."""
@@ -67,10 +83,27 @@ class Recipe(BaseModel):
     threads: int | None = Field(default=None, gt=0)
     """None: all physical cores."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Of the bootstrap, and of what DARE drops."""
+
+    @field_validator("combine", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @property
+    def adapters(self) -> tuple[AdapterRef, ...]:
+        """The adapters and their weights, in order. Raises AdapterError for a weight that is no number."""
+        listed = [self.adapter] if isinstance(self.adapter, str) else self.adapter or []
+        return tuple(_adapter_ref(text) for text in listed)
+
+    @property
+    def combination(self) -> dict[str, Any]:
+        """For `adapters.Combination.from_json`."""
+        return {**(self.combine.model_dump() if self.combine else {}), "seed": self.seed}
 
 
-_PATH_FIELDS = ("base", "adapter", "trained_on", "out")
+_PATH_FIELDS = ("base", "trained_on", "out")
+_COMBINE_OPTIONS = ("density", "majority_sign", "svd_rank")
 
 
 def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
@@ -81,6 +114,12 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
     """
     data = _absolute(load_yaml(path), path.resolve().parent) if path else {}
     given = {key: value for key, value in options.items() if value is not None and value != ()}
+    how = {key: given.pop(key) for key in _COMBINE_OPTIONS if key in given}
+    if how:
+        before = given.get("combine", data.get("combine"))
+        given["combine"] = {**({"method": before} if isinstance(before, str) else before or {}), **how}
+    if isinstance(given.get("adapter"), tuple):
+        given["adapter"] = given["adapter"][0] if len(given["adapter"]) == 1 else list(given["adapter"])
     data.update(_absolute(given, Path.cwd()))
     return validate(Recipe, data, str(path or "the command line"), "recipe-keys")
 
@@ -95,8 +134,13 @@ def _absolute(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     result = dict(data)
     for key in _PATH_FIELDS:
         value = result.get(key)
-        if isinstance(value, str) and (key == "out" or os.path.exists(folder / value) or value.startswith((".", "/"))):  # noqa: PTH110
-            result[key] = _real(folder, value)
+        if isinstance(value, str):
+            result[key] = _real(folder, value) if key == "out" else _absolute_source(value, folder)
+    adapters = result.get("adapter")
+    if isinstance(adapters, str):
+        result["adapter"] = _absolute_adapter(adapters, folder)
+    elif isinstance(adapters, list):
+        result["adapter"] = [_absolute_adapter(name, folder) if isinstance(name, str) else name for name in adapters]
     if isinstance(result.get("targets"), list):
         result["targets"] = [_absolute_target(name, folder) for name in result["targets"]]
     files = result.get("data")
@@ -105,6 +149,37 @@ def _absolute(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     elif isinstance(files, dict):
         result["data"] = {key: _real(folder, str(value)) for key, value in files.items()}
     return result
+
+
+def _absolute_source(name: str, folder: Path) -> str:
+    exists = os.path.exists(folder / name)  # noqa: PTH110
+    return _real(folder, name) if exists or name.startswith((".", "/")) else name
+
+
+def _absolute_adapter(text: str, folder: Path) -> str:
+    path, weight = _split_weight(text, folder)
+    return _absolute_source(path, folder) + ("" if weight is None else f"={weight}")
+
+
+def _split_weight(text: str, folder: Path) -> tuple[str, str | None]:
+    """`PATH=WEIGHT` as its two halves; a folder whose own name is all of it wins."""
+    path, sign, weight = text.rpartition("=")
+    if not sign or not path or os.path.exists(folder / text):  # noqa: PTH110
+        return text, None
+    return path, weight
+
+
+def _adapter_ref(text: str) -> AdapterRef:
+    path, weight = _split_weight(text, Path.cwd())
+    try:
+        return AdapterRef(path, 1.0 if weight is None else float(weight))
+    except ValueError as error:
+        raise AdapterError(
+            "adapter-weight",
+            f"{weight!r}, after the last = of {text}, is no weight",
+            why="there is no folder of that whole name, so what follows = is read as a number",
+            hint="--adapter PATH=0.5",
+        ) from error
 
 
 def _absolute_target(name: Any, folder: Path) -> Any:

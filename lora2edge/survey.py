@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora2edge.adapters import Adapter, MergedCheckpoint, merge, read_adapter
+from lora2edge.adapters import Adapter, Combination, MergedCheckpoint, merge, read_adapter
 from lora2edge.adapters.kinds.boft import Butterfly
 from lora2edge.backends.base import load_backend
 from lora2edge.bench.machine import available
 from lora2edge.bench.scenario import load_scenario
 from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
-from lora2edge.contracts import Estimate, Machine, Task
+from lora2edge.contracts import AdapterRef, Estimate, Machine, Task
 from lora2edge.errors import (
+    AdapterError,
     CheckpointError,
     InputError,
     MissingExtraError,
@@ -102,11 +103,11 @@ class Survey:
         Reads headers, and the tokenizer's ids.
         """
         described = []
-        for adapter in self.adapters:
-            facts = adapter.describe()
+        for index, adapter in enumerate(self.adapters):
+            facts = {**adapter.describe(), "weight": adapter.weight}
             if self.merged is not None:
-                facts["coverage"] = asdict(find_coverage(self.merged.base, adapter, self.merged.adapted))
-                facts["delta"] = asdict(find_delta(self.merged, adapter))
+                facts["coverage"] = asdict(find_coverage(self.merged.root, adapter, self.merged.touched[index]))
+                facts["delta"] = asdict(find_delta(self.merged, adapter, self.merged.touched[index]))
                 facts["match"] = match_base(self.merged, adapter, self.recipe.base)
             described.append(facts)
         return described
@@ -139,16 +140,19 @@ def survey_build(
     if recipe.data is not None:
         _try(errors, _check_torch)
     machine = machine or available(out or Path.cwd())
-    adapter = _try(errors, partial(read_adapter, recipe.adapter)) if recipe.adapter else None
+    refs = _try(errors, lambda: recipe.adapters)
+    combination = _try(errors, partial(Combination.from_json, recipe.combination))
+    found = [_try(errors, partial(_read_weighted, ref)) for ref in refs or ()]
+    adapters = tuple(adapter for adapter in found if adapter)
+    complete = refs is not None and len(adapters) == len(refs)
     base = None
-    if recipe.base or adapter or not recipe.adapter:  # an adapter that cannot be read names no base
-        base = _try(errors, partial(_open_base, recipe, adapter))
-    adapters = (adapter,) if adapter else ()
+    if recipe.base or adapters or complete:  # an adapter that cannot be read names no base
+        base = _try(errors, partial(_open_base, recipe, adapters, combination))
     bases = merged = None
-    if base is not None and (adapter or not recipe.adapter):
+    if base is not None and complete and combination is not None:
         bases = _try(errors, partial(find_bases, recipe, base, adapters))
     if bases is not None:
-        merged = _try(errors, partial(merge, next(iter(bases.candidates.values())), adapters))
+        merged = _try(errors, partial(merge, next(iter(bases.candidates.values())), adapters, combination))
     survey = Survey(recipe, tuple(targets), machine, base, adapters, bases, merged, errors=tuple(errors))
     return survey if merged is None else _survey_targets(survey, merged, out)
 
@@ -231,10 +235,17 @@ def _is_known(kind: str) -> bool:
     return any((Path(place) / "models" / kind).is_dir() for place in places or ())
 
 
-def _open_base(recipe: Recipe, adapter: Adapter | None) -> StoredCheckpoint:
-    """The base that was asked for, or the one that the adapter names, at the revision that it names."""
+def _read_weighted(ref: AdapterRef) -> Adapter:
+    return replace(read_adapter(ref.path), weight=ref.weight)
+
+
+def _open_base(recipe: Recipe, adapters: Sequence[Adapter], combination: Combination | None) -> StoredCheckpoint:
+    """The base that was asked for, or the one that the adapters name, at the revision that they name."""
     if recipe.base is not None:
         return open_checkpoint(recipe.base, trust_remote_code=recipe.trust_remote_code)
+    if combination and combination.method != "sequence":
+        _check_one_base(adapters)
+    adapter = adapters[0] if adapters else None
     named = adapter.base_model_name_or_path if adapter else None
     if adapter is None or named is None:
         raise InputError(
@@ -255,6 +266,19 @@ def _open_base(recipe: Recipe, adapter: Adapter | None) -> StoredCheckpoint:
             why=error.why,
             hint="say where it is: --base FOLDER",
         ) from error
+
+
+def _check_one_base(adapters: Sequence[Adapter]) -> None:
+    names = {(adapter.base_model_name_or_path, adapter.revision): adapter for adapter in adapters}
+    if len(names) > 1:
+        first, second = list(names.values())[:2]
+        raise AdapterError(
+            "combine-bases",
+            f"{first.path.name} names the base {first.base_model_name_or_path}, {second.path.name} "
+            f"{second.base_model_name_or_path}",
+            why="changes of different bases do not add up; where it is one base under two names, say which",
+            hint="--base FOLDER; --combine sequence where the second was trained on the first's result",
+        )
 
 
 def _try(errors: list[InputError], action: Callable[[], T]) -> T | None:

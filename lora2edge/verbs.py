@@ -176,11 +176,12 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
     stored["scenarios"] = scenarios or stored["scenarios"] or ["chat"]
     target = Target.model_validate(stored)
     plan = plan_build(recipe, [target])
-    if artifact.manifest.inputs["model"] != plan.merged.file_hashes():
+    made_from = artifact.manifest.inputs
+    if (made_from["model"], made_from.get("combined")) != (plan.merged.file_hashes(), plan.merged.combined):
         raise InputError(
             "other-model",
-            f"{path} was made from another base or adapter",
-            why="the sha256 of the files in its manifest differ from those given",
-            hint="name the ones that it was made from: --base DIR --adapter DIR",
+            f"{path} was made from another base or adapter, or from the adapters combined otherwise",
+            why="its manifest has other sha256 of their files, or other weights, method or seed",
+            hint="name the ones that it was made from, as they were named then: --base DIR --adapter DIR[=WEIGHT]",
         )
     return artifact, plan

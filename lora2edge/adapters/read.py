@@ -54,6 +54,8 @@ class Adapter:
     """Parameter path → tensor: what modules_to_save trained whole; replaces that module's weight."""
     replaced: Mapping[str, str] = field(default_factory=dict)
     """Parameter path → tensor: the base's own weight or bias as PEFT saved it along; replaces the base's."""
+    weight: float = 1.0
+    """What its change is multiplied by, where it is one of several."""
 
     @property
     def path(self) -> Path:
@@ -61,7 +63,7 @@ class Adapter:
 
     @property
     def ref(self) -> AdapterRef:
-        return AdapterRef(str(self.path))
+        return AdapterRef(str(self.path), self.weight)
 
     @property
     def base_model_name_or_path(self) -> str | None:

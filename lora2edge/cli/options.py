@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(function: F) -> F:
-    """--base, --adapter, --trained-on, --merge-base and --trust-remote-code."""
+    """--base, --adapter, how several are combined, --trained-on, --merge-base and --trust-remote-code."""
     for option in (
         click.option(
             "--trust-remote-code",
@@ -38,7 +38,18 @@ def model_options(function: F) -> F:
             help="Quantized base of the training, where --base is the original: nf4, nf4-double, fp4, fp4-double, "
             "or a saved one.",
         ),
-        click.option("--adapter", metavar="DIR|ID[@REV]", help="PEFT adapter: a folder or a hub id."),
+        click.option("--majority-sign", metavar="total|frequency", help="TIES: how signs are elected. Default: total."),
+        click.option("--svd-rank", type=int, help="Of svd and *_svd. Default: the largest rank of the adapters."),
+        click.option("--density", type=float, help="Share of the entries that TIES, DARE and magnitude_prune keep."),
+        click.option(
+            "--combine", metavar="METHOD", help="Of several adapters; see docs/combining.md. Default: sum, weighted."
+        ),
+        click.option(
+            "--adapter",
+            multiple=True,
+            metavar="DIR|ID[@REV][=WEIGHT]",
+            help="PEFT adapter: a folder or a hub id. Repeatable, in order.",
+        ),
         click.option(
             "--base", metavar="DIR|ID[@REV]", help="Base checkpoint. Default: the one that the adapter names."
         ),

@@ -3,13 +3,14 @@
 from lora2edge.quality.choice import choose_nearest
 from lora2edge.quality.gates import judge
 from lora2edge.quality.measure import measure_quality
-from lora2edge.quality.proof import MergeProof, verify_merge
+from lora2edge.quality.proof import MergeProof, join_proofs, verify_merge
 from lora2edge.quality.reference import Reference, open_reference, record_reference
 
 __all__ = [
     "MergeProof",
     "Reference",
     "choose_nearest",
+    "join_proofs",
     "judge",
     "measure_quality",
     "open_reference",

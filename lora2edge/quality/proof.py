@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from lora2edge.contracts import Progress, Sample
 from lora2edge.errors import GateError, ProofError
@@ -109,6 +109,17 @@ def verify_merge(
     )
     _judge(proof)
     return proof
+
+
+def join_proofs(proofs: Sequence[MergeProof], reference: str) -> dict[str, Any]:
+    """One merge's proofs, JSON-ready: the figures of the worst, and all of them as `steps` where there are several.
+
+    `reference` is not empty where each adapter was proved alone, because nothing computes their combination live.
+    The worst is the one nearest to a bound, or farthest beyond it.
+    """
+    worst = max(proofs, key=lambda proof: max(getattr(proof, name) / bound for name, bound in proof.bounds.items()))
+    joined = {**asdict(worst), "adapter_kl": min(proof.adapter_kl for proof in proofs), "reference": reference}
+    return {**joined, "steps": [asdict(proof) for proof in proofs] if len(proofs) > 1 or reference else []}
 
 
 def _live(session: TorchSession, samples: Sequence[Sample], progress: Progress) -> tuple[States, Divergence]:

@@ -68,6 +68,14 @@ def _of_the_build(report: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("warn" if told and not told["decided"] else "note", "merge", _sentence(chosen))
     if merge is None:
         yield Finding("warn", "merge", "There is no merge proof in this report.")
+    if merge and merge.get("reference"):
+        method = (report["inputs"].get("combine") or {}).get("method", "sum")
+        yield Finding(
+            "note",
+            "baseline",
+            f"There is {merge['reference']} of {method}, because PEFT computes nothing live that equals it for these "
+            "adapters. The baseline is their merge, unrounded; the merge proof holds for each adapter alone.",
+        )
     baseline = report.get("baseline")
     if baseline is None:
         yield Finding("warn", "baseline", "The baseline was not measured: there is nothing to compare with.")

@@ -126,9 +126,8 @@ def _render(template: str, report: Mapping[str, Any], *, escape: bool) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["md"] = _for_markdown
-    base, adapter = report["inputs"]["base"]["name"], report["inputs"].get("adapter")
-    name = Path(str(base)).name
-    title = f"{name} + {Path(str(adapter.get('name', 'adapter'))).name}" if adapter else name
+    names = [report["inputs"]["base"]["name"], *(adapter["name"] for adapter in report["inputs"]["adapters"])]
+    title = " + ".join(Path(str(name)).name for name in names)
     return environment.get_template(template).render(
         title=title,
         verdict=report["verdict"],

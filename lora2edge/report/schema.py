@@ -64,6 +64,8 @@ class AdapterInput(_Strict):
     """Tensors in the adapter's file, all of which found their place."""
     adapted: int
     """Weights of the base that they change."""
+    weight: float = 1.0
+    """What its change is multiplied by, where it is one of several."""
 
 
 class DataInput(_Strict):
@@ -76,7 +78,10 @@ class DataInput(_Strict):
 
 class Inputs(_Strict):
     base: BaseInput
-    adapter: AdapterInput | None
+    adapters: list[AdapterInput]
+    """In their order."""
+    combine: dict[str, Any] | None = None
+    """How several became one: `method`, and the settings that it has."""
     data: DataInput | None
 
 
@@ -136,6 +141,10 @@ class MergeProof(_Strict):
     positions: int
     bounds: dict[str, float] = Field(default_factory=dict)
     """What the first three had to stay under."""
+    reference: str = ""
+    """Not empty where nothing computes the adapters' combination live: then each was proved alone, and no more."""
+    steps: list[dict[str, Any]] = Field(default_factory=list)
+    """Where one proof is not enough: the figures of each, in the adapters' order; those above are the worst's."""
     verdict: Verdict = "pass"
     """A merge that misses a bound ends the build, so a report without a verdict passed."""
     reused: bool = False

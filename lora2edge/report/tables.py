@@ -72,6 +72,17 @@ def proof_table(merge: Mapping[str, Any]) -> Table:
         f"KL(base + live adapter ‖ …), nats per token, mean over {words.count(merge['positions'])} positions. Same top "
         f"token at {percent(merge['top1_agreement'], 2)} of them."
     )
+    if merge.get("reference"):
+        note += (
+            f" Proved: each adapter alone on the base ({len(merge['steps'])}); these are the figures of the worst. "
+            f"Not proved: what was made of them together. For that there is {merge['reference']}, which is the "
+            "baseline too; where it is a low-rank product, each slab of rows was checked by another route."
+        )
+    elif merge.get("steps"):
+        note += (
+            f" {len(merge['steps'])} proofs, of each adapter live on the merge of those before it; these are the "
+            "figures of the worst."
+        )
     return Table("", ("Base + live adapter against …", "KL", "Bound", "What it shows"), rows, note=note)
 
 
@@ -268,12 +279,15 @@ def tokenizer_table(targets: Mapping[str, Any]) -> Table:
 
 
 def inputs_table(report: Mapping[str, Any]) -> Table:
-    base, adapter, data = (report["inputs"].get(key) for key in ("base", "adapter", "data"))
+    base, adapters, data = (report["inputs"].get(key) for key in ("base", "adapters", "data"))
     what = f"{base['architecture']}, {words.parameters(base['parameters'])} parameters, {base['dtype']}"
     rows = [("Base", str(base["name"]), f"{what}, {words.size(base['size_bytes'])}")]
-    if adapter:
-        rest = {key: value for key, value in adapter.items() if key != "name"}
+    for adapter in adapters or []:
+        rest = {key: value for key, value in adapter.items() if key != "name" and (key, value) != ("weight", 1)}
         rows.append(("Adapter", str(adapter.get("name", "")), _flat(rest)))
+    if combine := report["inputs"].get("combine"):
+        rest = {key: value for key, value in combine.items() if key != "method"}
+        rows.append(("Combined by", str(combine["method"]), _flat(rest)))
     for name, about in (data or {}).items():
         rows.append((f"Data: {name}", "", _flat(about)))
     return Table("Inputs", ("", "", ""), tuple(_cells(*row) for row in rows))
@@ -284,7 +298,7 @@ def facts_table(report: Mapping[str, Any]) -> Table:
     sides = {"baseline": (report.get("baseline") or {}).get("facts") or {}}
     sides.update({name: target.get("facts") or {} for name, target in report["targets"].items()})
     sides = {name: facts for name, facts in sides.items() if facts}
-    keys = dict.fromkeys(key for facts in sides.values() for key in facts)
+    keys = dict.fromkeys(key for facts in sides.values() for key in facts if key != "reference" or facts[key])
     rows = tuple(_cells(key.replace("_", " "), *(_flat(facts.get(key)) for facts in sides.values())) for key in keys)
     return Table("What they ran on", ("", *sides), rows)
 

@@ -113,6 +113,8 @@ def metric_interval(name: str, data: Mapping[str, Any]) -> str:
 def adapter_lines(adapter: Mapping[str, Any]) -> list[str]:
     """A plan's adapter in a few lines: its kind and size, what it reaches, and how it matches the base."""
     lines = [f"{adapter['name']}: {adapter['kind']} of rank {adapter['rank']}, {adapter['tensors']} tensors"]
+    if adapter.get("weight", 1) != 1:
+        lines[0] += f", weight {adapter['weight']:g}"
     if "coverage" not in adapter:
         return lines
     coverage, delta, match = adapter["coverage"], adapter["delta"], adapter["match"]

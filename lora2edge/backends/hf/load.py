@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora2edge.adapters import open_base
+from lora2edge.adapters import open_base, open_view
 from lora2edge.calibration.model import build_model, quiet, require, torch_errors
 from lora2edge.checkpoint import merge_tokenizer_files, read_json_file, tokenizer_files
-from lora2edge.contracts import CheckpointRef, TokenizerFiles
+from lora2edge.contracts import AdapterRef, CheckpointRef, TokenizerFiles
 from lora2edge.errors import AdapterError, CheckpointError
 
 
@@ -17,15 +18,43 @@ def load_live(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
     """The model in evaluation mode; a PeftModel where an adapter is live on it. Reads local safetensors only.
 
     A quantized base computes with its dequantized weights, as bitsandbytes does, and needs no kernels of its own.
+    Of a sequence the last adapter is live, on the merge of those before it; where several have no live form
+    (`MergedCheckpoint.reference`), it is their merge, unrounded.
     """
     require("torch", "transformers", "peft")
+    if ref.is_combined:
+        return _load_combined(ref, dtype=dtype, device=device).to(device).eval()
+    return _load_base(ref, dtype=dtype, device=device, adapters=ref.adapters).to(device).eval()
+
+
+def _load_combined(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
+    view = open_view(ref)
+    try:
+        if view.reference:
+            return build_model(view, dtype=dtype, device=device, rounded=False)
+        if len(view.steps) == 1:
+            return _load_base(ref, dtype=dtype, device=device, adapters=ref.adapters)
+        model = build_model(view.steps[-2], dtype=dtype, device=device, rounded=False)
+        return _with_adapters(model, ref.adapters[-1:])
+    finally:
+        view.close()
+
+
+def _load_base(ref: CheckpointRef, *, dtype: str, device: str, adapters: Sequence[AdapterRef]) -> Any:
     if is_quantized(ref):
         model = build_model(open_base(ref), dtype=dtype, device=device, rounded=True)
     else:
         model = _load_plain(Path(ref.base), dtype, trust_remote_code=ref.trust_remote_code)
-    for adapter in ref.adapters:
-        model = _with_adapter(model, Path(adapter.path))
-    return model.to(device).eval()
+    return _with_adapters(model, adapters) if adapters else model
+
+
+def find_reference(ref: CheckpointRef) -> str:
+    """What the baseline is where the adapters have no live form; else ""."""
+    if not ref.is_combined:
+        return ""
+    view = open_view(ref)
+    view.close()
+    return view.reference
 
 
 def is_quantized(ref: CheckpointRef) -> bool:
@@ -66,7 +95,30 @@ def resolve_tokenizer(ref: CheckpointRef) -> TokenizerFiles:
     return files
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
+def _with_adapters(model: Any, adapters: Sequence[AdapterRef]) -> Any:
+    """The model with all adapters active at once, each scale multiplied by the adapter's weight."""
+    live: Any = None
+    names = ["default", *(f"adapter{index}" for index in range(1, len(adapters)))]
+    for name, adapter in zip(names, adapters, strict=True):
+        live = _with_adapter(model, live, Path(adapter.path), name)
+        if adapter.weight != 1:
+            _scale(live, name, adapter.weight)
+    if len(adapters) > 1:
+        names.sort(key=lambda name: not getattr(live.peft_config[name], "use_dora", False))  # `has_live_form` says why
+        live.base_model.set_adapter(names)
+    return live
+
+
+def _scale(live: Any, name: str, weight: float) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for module in live.modules():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            module.scaling[name] *= weight
+
+
+def _with_adapter(model: Any, live: Any, adapter: Path, name: str) -> Any:
+    """`model` with the adapter on it, or, where one is `live` on it already, that with one more."""
     from peft import PeftModel
 
     rows = _saved_vocabulary(adapter)
@@ -75,7 +127,10 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     try:
         with quiet(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            live = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+            if live is None:
+                live = PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=False)
+            else:
+                live.load_adapter(str(adapter), adapter_name=name, is_trainable=False)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise AdapterError(
             "adapter-not-loaded", f"PEFT cannot put {adapter} on the base", why=str(error)[:2000]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora2edge.backends.hf.batching import Batcher
-from lora2edge.backends.hf.load import is_quantized, load_live, resolve_tokenizer
+from lora2edge.backends.hf.load import find_reference, is_quantized, load_live, resolve_tokenizer
 from lora2edge.calibration.model import build_model
 from lora2edge.contracts import GREEDY, Checkpoint, CheckpointRef, Message, Sampling, SessionFacts, TokenizerFiles
 from lora2edge.errors import DataError, UnsupportedError
@@ -38,7 +38,10 @@ def open_baseline(
     """
     model = load_live(ref, dtype=dtype, device=device)
     files = resolve_tokenizer(ref)
-    session = HfSession(model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length)
+    session = HfSession(
+        model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length,
+        reference=find_reference(ref),
+    )  # fmt: skip
     if is_quantized(ref):
         session.facts = replace(session.facts, build=f"{session.facts.build}; quantized base, dequantized when loaded")
     return session
@@ -116,6 +119,7 @@ class HfSession:
         threads: int,
         slots: int,
         max_length: int,
+        reference: str = "",
     ) -> None:
         import peft
         import torch
@@ -146,6 +150,7 @@ class HfSession:
                 "transformers": transformers.__version__,
                 "peft": peft.__version__,
             },
+            reference=reference,
         )
         self._check_head()
         self._batcher = Batcher(self._causal, self.head.tensor, device=device, threads=threads, slots=slots)

@@ -16,7 +16,7 @@ from lora2edge.adapters.heads import LAYOUTS
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.errors import AdapterError
 from tests.cli.conftest import Outcome, lora2edge, own_cache  # noqa: F401
-from tests.tiny import VOCAB, bpe_tokenizer, randomize, shake_adapter
+from tests.tiny import VOCAB, bpe_tokenizer, make_adapter, randomize, shake_adapter
 
 Run = Callable[..., Outcome]
 TASKS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
@@ -159,6 +159,27 @@ def test_a_pooler_that_the_base_has(tmp_path: Path) -> None:
         _adapter(base, "bert", task, tmp_path / task, save=["classifier"])
         view = merge(open_checkpoint(base), [read_adapter(tmp_path / task)])
         assert ("bert.pooler.dense.weight" in view.account()["base"]["dropped"]) == dropped
+
+
+def test_a_classifier_on_a_tuned_language_model(tmp_path: Path, lora2edge: Run) -> None:  # noqa: F811
+    from peft import PeftModel
+
+    base = _base("qwen2", tmp_path / "base")
+    first = make_adapter(tmp_path / "first", base, targets=["q_proj", "up_proj"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(model, str(first)).merge_and_unload()
+    tuned.save_pretrained(tmp_path / "tuned")
+    expected = _adapter(tmp_path / "tuned", "qwen2", "SEQ_CLS", tmp_path / "adapter")
+    given = ["merge", "--base", base, "--adapter", first, "--adapter", tmp_path / "adapter"]
+    summed = lora2edge(*given, "--out", tmp_path / "out", "--json")
+    assert summed.code == 2 and json.loads(summed.out)["error"]["code"] in ("combine-whole", "adapter-other-task")
+    done = lora2edge(*given, "--combine", "sequence", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.inference_mode():
+        assert (merged(IDS).logits - expected).norm() <= 1e-5 * expected.norm()
+    account = json.loads((tmp_path / "out" / "manifest.json").read_text())["account"]
+    assert account["added"]["head"] == ["score.weight"] and account["adapter"]["head"]
 
 
 def test_a_language_model_is_not_a_classifier_of_its_own(tmp_path: Path, lora2edge: Run) -> None:  # noqa: F811

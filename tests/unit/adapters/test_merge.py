@@ -27,7 +27,7 @@ from lora2edge.adapters import merge, open_view, read_adapter, written_config
 from lora2edge.adapters.kinds.lora import PairUpdate
 from lora2edge.backends.hf.write import write_checkpoint
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.contracts import AdapterRef, CheckpointRef
+from lora2edge.contracts import CheckpointRef
 from lora2edge.errors import AdapterError, CheckpointError, ProofError
 from lora2edge.progress import SILENT
 from tests.architectures import ARCHITECTURES, make_model
@@ -347,12 +347,6 @@ def test_reference_opens_the_same_view(bases: dict[bool, Path], tmp_path: Path) 
     assert {"base/model.safetensors", "base/tokenizer.json", "adapter/adapter_model.safetensors"} <= set(hashes)
 
 
-def test_weighted_reference_is_refused(bases: dict[bool, Path]) -> None:
-    with pytest.raises(AdapterError, match=r"weight 0\.5") as error:
-        open_view(CheckpointRef(str(bases[True]), (AdapterRef("adapter", 0.5),)))
-    assert error.value.code == "adapter-weight"
-
-
 def test_retraining_changes_the_fingerprint(bases: dict[bool, Path], tmp_path: Path) -> None:
     prints = []
     for seed in (1, 2):
@@ -483,13 +477,6 @@ def test_other_task_is_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
         with pytest.raises(AdapterError) as error:
             merge(open_checkpoint(bases[True]), [read_adapter(adapter)])
         assert error.value.code == code
-
-
-def test_several_adapters_are_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
-    adapter = read_adapter(make_adapter(tmp_path / "adapter", bases[True]))
-    with pytest.raises(AdapterError) as error:
-        merge(open_checkpoint(bases[True]), [adapter, adapter])
-    assert error.value.code == "several-adapters"
 
 
 def test_formula_check_catches_a_wrong_product(

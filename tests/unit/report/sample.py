@@ -61,13 +61,17 @@ def sample_report() -> dict[str, Any]:
                 "dtype": "bfloat16",
                 "size_bytes": 988_097_824,
             },
-            "adapter": {
-                "name": "ward-adapter",
-                "kind": "rsLoRA",
-                "rank": 16,
-                "tensors": 336,
-                "adapted": 168,
-            },
+            "adapters": [
+                {
+                    "name": "ward-adapter",
+                    "kind": "rsLoRA",
+                    "rank": 16,
+                    "tensors": 336,
+                    "adapted": 168,
+                    "weight": 1.0,
+                }
+            ],
+            "combine": None,
             "data": {
                 "calibration": {"items": 812, "tokens": 65_536, "positions": 17_110, "too_long": 0, "also_in_test": 0},
                 "test": {

@@ -76,7 +76,7 @@ def bare_report() -> dict[str, Any]:
     """All targets failed before anything was measured."""
     report = sample_report()
     report.update(merge=None, baseline=None, stages=[])
-    report["inputs"].update(adapter=None, data=None)
+    report["inputs"].update(adapters=[], data=None)
     report["targets"] = {"edge-box": report["targets"]["edge-box"]}
     return report
 
@@ -199,7 +199,7 @@ def test_hostile_text_stays_text() -> None:
     report = sample_report()
     evil = "<script>alert(1)</script>|\n# boo [x](http://a) `"
     report["targets"][evil] = report["targets"].pop("gguf/q4_k_m")
-    report["inputs"]["adapter"]["name"] = evil
+    report["inputs"]["adapters"][0]["name"] = evil
     report["baseline"]["accuracy_by"]["lang"][evil] = 0.9
     page = parse(render_html(report))
     assert page.loads == []
