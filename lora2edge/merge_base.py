@@ -17,19 +17,16 @@ from lora2edge.checkpoint import BnbSettings, StoredCheckpoint, open_checkpoint,
 from lora2edge.contracts import Base
 from lora2edge.errors import CheckpointError, InputError
 from lora2edge.forecast import stored_dtype
-from lora2edge.recipe import QuantizedTraining, Recipe
+from lora2edge.recipe import PLAIN_TRAINING, QUANTIZED_TRAININGS, QuantizedTraining, Recipe
 
 ORIGINAL, DEQUANTIZED, MEASURE = "original", "dequantized", "measure"
-PLAIN = "16bit"
-"""`trained_on` for an adapter whose training did not quantize the base, whatever its name says."""
 
-_PRESETS = {
-    f"{quant_type}{suffix}": {"quant_type": quant_type, "double_quant": bool(suffix)}
-    for quant_type in ("nf4", "fp4")
-    for suffix in ("", "-double")
-}
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_QUANTIZED_NAME = re.compile(r"bnb|4[-_]?bit|8[-_]?bit|int4|int8|gptq|awq|fp8", re.IGNORECASE)
+_QUANTIZED_NAME = re.compile(
+    r"(?<![a-z0-9])(?P<method>bnb|[48][-_]?bit|nf4|int[48]|gptq|awq|fp8|w[48]a16)(?![a-z0-9])", re.IGNORECASE
+)
+_4BIT = {"bnb", "4bit", "4-bit", "4_bit", "nf4"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +102,35 @@ def refuse_unmeasured(bases: MergeBases) -> None:
         )
 
 
+def as_built(recipe: Recipe, recorded: Mapping[str, Any] | None) -> Recipe:
+    """`recipe` with the base of the merge that a manifest records, and its training where the recipe says nothing."""
+    if not recorded:
+        return recipe
+    update: dict[str, Any] = {"merge_base": recorded["chosen"]}
+    settings = recorded["trained_on"]["settings"]
+    if recipe.trained_on is None and settings:
+        names = {value: key for key, value in _DTYPES.items()}
+        update["trained_on"] = QuantizedTraining.model_validate({**settings, "dtype": names[settings["dtype"]]})
+    return recipe.model_copy(update=update)
+
+
+def same_choice(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two records are of the same training and the same base of the merge, however that was chosen."""
+    if not one or not other:
+        return not one and not other
+    return (one["chosen"], one["trained_on"]) == (other["chosen"], other["trained_on"])
+
+
 def _trained_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Adapter]) -> Base:
     said = recipe.trained_on
     if said is None:
         return _named_base(recipe, base, adapters)
-    if said == PLAIN:
+    if said == PLAIN_TRAINING:
         if base.is_quantized:
             raise _contradiction(base, "it was trained on a base that was not quantized")
         return base
-    if isinstance(said, str) and said in _PRESETS:
-        said = QuantizedTraining.model_validate(_PRESETS[said])
+    if isinstance(said, str) and said.lower() in QUANTIZED_TRAININGS:
+        said = QUANTIZED_TRAININGS[said.lower()]
     if isinstance(said, QuantizedTraining):
         if base.is_quantized:
             raise _contradiction(base, "a base is quantized for training from the original")
@@ -125,6 +141,13 @@ def _trained_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Ada
             "--trained-on int8 is not known",
             why="LLM.int8() rounds activations too; of its weights only a saved base tells the exact values",
             hint="--trained-on FOLDER, a base that was saved with load_in_8bit=True",
+        )
+    if "/" not in said and not Path(said).exists():
+        raise InputError(
+            "trained-on",
+            f"--trained-on {said} is neither a folder nor known",
+            why=f"known: {', '.join(QUANTIZED_TRAININGS)}, {PLAIN_TRAINING}",
+            hint="--trained-on nf4-double, or the folder or hub id of a quantized base",
         )
     trained = open_checkpoint(said, trust_remote_code=recipe.trust_remote_code)
     if not trained.is_quantized:
@@ -151,14 +174,21 @@ def _named_base(recipe: Recipe, base: StoredCheckpoint, adapters: Sequence[Adapt
                 continue  # it is not asked for, and what is wrong with it is no matter of this build
             if named.is_quantized:
                 return _fitting(named, base)
-        elif _QUANTIZED_NAME.search(name) and not _QUANTIZED_NAME.search(base.path.name):
-            raise InputError(
-                "trained-on-unknown",
-                f"the adapter names {name}, by its name a quantized base, and --base is not quantized",
-                why="the live adapter on the base that it was trained on is what the build is measured against",
-                hint=f"--trained-on {name}, or nf4-double, nf4, fp4, or {PLAIN} where training did not quantize",
-            )
+        elif (found := _QUANTIZED_NAME.search(name)) and not _QUANTIZED_NAME.search(base.path.name):
+            raise _unknown(name, found["method"].lower())
     return base
+
+
+def _unknown(name: str, method: str) -> InputError:
+    """The refusal where an adapter names a quantized base that is not at hand."""
+    known = [name] if _HUB_ID.fullmatch(name) else []
+    known += ["nf4-double", "nf4"] if method in _4BIT else [] if known else ["FOLDER"]
+    return InputError(
+        "trained-on-unknown",
+        f"the adapter names {name}, by its name a quantized base, and --base is not quantized",
+        why="the live adapter on the base that it was trained on is what the build is measured against",
+        hint=f"--trained-on {' or '.join(known)}; or {PLAIN_TRAINING} where training did not quantize",
+    )
 
 
 def _fitting(trained: StoredCheckpoint, base: StoredCheckpoint) -> StoredCheckpoint:

@@ -53,6 +53,16 @@ class QuantizedTraining(BaseModel):
     """The weights that were quantized; None: of all linear layers but the output head."""
 
 
+QUANTIZED_TRAININGS = {
+    "nf4": QuantizedTraining(quant_type="nf4"),
+    "nf4-double": QuantizedTraining(quant_type="nf4", double_quant=True),
+    "fp4": QuantizedTraining(quant_type="fp4"),
+    "fp4-double": QuantizedTraining(quant_type="fp4", double_quant=True),
+}
+PLAIN_TRAINING = "16bit"
+"""`trained_on` for an adapter whose training did not quantize the base, whatever its name says."""
+
+
 class Recipe(BaseModel):
     """A build. Paths are absolute here, and relative to the recipe's folder in its file."""
 
@@ -134,7 +144,7 @@ def _absolute(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     result = dict(data)
     for key in _PATH_FIELDS:
         value = result.get(key)
-        if isinstance(value, str):
+        if isinstance(value, str) and not (key == "trained_on" and value in (*QUANTIZED_TRAININGS, PLAIN_TRAINING)):
             result[key] = _real(folder, value) if key == "out" else _absolute_source(value, folder)
     adapters = result.get("adapter")
     if isinstance(adapters, str):

@@ -13,7 +13,7 @@ from lora2edge.cache import Cache
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Artifact, Progress
 from lora2edge.errors import InputError
-from lora2edge.merge_base import refuse_unmeasured
+from lora2edge.merge_base import as_built, refuse_unmeasured, same_choice
 from lora2edge.output import check_replaceable
 from lora2edge.pipeline import Finished, Pipeline
 from lora2edge.plan import Plan, load_all_texts, load_calibration_texts, plan_build
@@ -158,9 +158,8 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
     """The artifact and a plan for it: base, adapter and data from its build's recipe, where none are given."""
     artifact = open_artifact(path)
     resolved = path.resolve().parent.parent / "recipe.resolved.yaml"
-    recipe = load_recipe(resolved if resolved.exists() else None, options)
-    if merged_into := artifact.manifest.inputs.get("merge_base"):
-        recipe = recipe.model_copy(update={"merge_base": merged_into["chosen"]})
+    made_from = artifact.manifest.inputs
+    recipe = as_built(load_recipe(resolved if resolved.exists() else None, options), made_from.get("merge_base"))
     if recipe.data is None:
         raise InputError(
             "no-data", "there is no text to measure on", why=f"{resolved} does not exist", hint="--data FILE.jsonl"
@@ -176,7 +175,13 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
     stored["scenarios"] = scenarios or stored["scenarios"] or ["chat"]
     target = Target.model_validate(stored)
     plan = plan_build(recipe, [target])
-    made_from = artifact.manifest.inputs
+    if not same_choice(made_from.get("merge_base"), plan.bases.record(plan.merge_base)):
+        raise InputError(
+            "other-model",
+            f"{path} was built for an adapter with another base of its training",
+            why=f"its manifest says {made_from.get('merge_base')}",
+            hint="--trained-on as it was given then, or leave it out",
+        )
     if (made_from["model"], made_from.get("combined")) != (plan.merged.file_hashes(), plan.merged.combined):
         raise InputError(
             "other-model",

@@ -22,8 +22,7 @@ def model_options(function: F) -> F:
     """--base, --adapter, how several are combined, --trained-on, --merge-base and --trust-remote-code."""
     for option in (
         click.option(
-            "--trust-remote-code",
-            is_flag=True,
+            "--trust-remote-code/--no-trust-remote-code",
             default=None,
             help="Run the code that the base comes with, where transformers has no model of its kind.",
         ),

@@ -66,5 +66,6 @@ def test_it_is_run_where_the_user_trusts_it(
     assert (tmp_path / "ran").exists()
     report = json.loads(built.out)
     assert report["merge"]["math_kl"] <= 1e-9
-    assert report["targets"]["hf/merged"]["quality"]["kl_mean"] < 1e-3
+    quality = report["targets"]["hf/merged"]["quality"]
+    assert quality["kl_mean"] < 3 * report["merge"]["floor_kl"]
     assert "trust_remote_code: true" in (out / "recipe.resolved.yaml").read_text()

@@ -118,6 +118,19 @@ def test_a_build_measures_both_bases(root: Path, tmp_path: Path, lora2edge: Run)
     again = lora2edge("measure", artifact, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["quality"] == report["targets"]["hf/merged"]["quality"]
+    other = lora2edge("measure", artifact, "--trained-on", "fp4", "--json")
+    assert other.code == 2 and json.loads(other.out)["error"]["code"] == "other-model"
+
+
+def test_an_artifact_remembers_the_settings(root: Path, tmp_path: Path, lora2edge: Run) -> None:  # noqa: F811
+    """Without its build's recipe, `measure` takes them from the manifest."""
+    out = tmp_path / "merged"
+    given = ["--base", root / "base", "--adapter", root / "adapter"]
+    made = lora2edge("merge", *given, "--trained-on", "FP4-double", "--merge-base", "dequantized", "--out", out)
+    assert made.code == 0, made.err
+    found = lora2edge("measure", out, *given, "--data", root / "data.jsonl", "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["quality"]["kl_mean"] < 1e-6
 
 
 def test_asking_for_the_original(root: Path, tmp_path: Path, lora2edge: Run) -> None:  # noqa: F811
@@ -217,7 +230,33 @@ def test_the_hub_name_of_a_quantized_base(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         _find(root, adapters=[adapter])
     assert caught.value.code == "trained-on-unknown"
+    assert "--trained-on unsloth/llama-3-8b-bnb-4bit or nf4-double" in caught.value.hint
     assert not _find(root, adapters=[adapter], trained_on="16bit").quantized
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("TheBloke/Llama-2-7B-AWQ", "--trained-on TheBloke/Llama-2-7B-AWQ; or 16bit"),
+        ("/not/here/base-gptq", "--trained-on FOLDER; or 16bit"),
+        ("/ckpt/mint8", None),
+        ("org/waypoint4-8b", None),
+    ],
+)
+def test_names_of_bases_that_are_not_here(name: str, hint: str | None, root: Path, tmp_path: Path) -> None:
+    adapter = _naming(root, tmp_path, name)
+    if hint is None:
+        assert not _find(root, adapters=[adapter]).quantized
+        return
+    with pytest.raises(InputError) as caught:
+        _find(root, adapters=[adapter])
+    assert hint in caught.value.hint
+
+
+def test_a_folder_named_like_a_preset(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nf4").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(None, {"trained_on": "nf4"}).trained_on == "nf4"
 
 
 @pytest.mark.parametrize(
@@ -230,6 +269,7 @@ def test_the_hub_name_of_a_quantized_base(root: Path, tmp_path: Path) -> None:
         ("packed", {"trained_on": "16bit"}, "trained-on"),
         ("base", {"trained_on": "int8"}, "trained-on"),
         ("base", {"trained_on": "no/such-checkpoint-here"}, "no-checkpoint"),
+        ("base", {"trained_on": "nf5"}, "trained-on"),
         ("base", {"trained_on": "BASE"}, "trained-on"),
         ("base", {"trained_on": "OTHER"}, "other-base"),
     ],

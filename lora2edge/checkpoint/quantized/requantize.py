@@ -78,7 +78,7 @@ class BnbSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "names": None if self.names is None else list(self.names)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> BnbSettings:
