@@ -19,6 +19,7 @@ from typing import Any
 from measure import write_results
 
 from lora2edge.backends.hf import open_baseline, open_merged
+from lora2edge.contracts import SessionOptions
 from lora2edge.plan import load_all_texts, plan_build
 from lora2edge.progress import SILENT
 from lora2edge.quality import choose_nearest
@@ -39,19 +40,19 @@ def compare(adapter: Path, quant_type: Any, threads: int) -> dict[str, Any]:
     )
     plan = plan_build(recipe, [load_target("hf/merged")])
     texts = load_all_texts(plan)
-    session = {"dtype": "float32", "device": "cpu", "threads": threads, "slots": 4, "max_length": 1024}
+    options = SessionOptions("cpu", threads=threads, slots=4, max_length=1024)
     views = {name: plan.on(name).merged for name in plan.bases.candidates}
     found = {
         name: choose_nearest(
-            lambda: open_baseline(plan.baseline, **session),
-            {base: partial(open_merged, view, rounded=True, **session) for base, view in views.items()},
+            lambda: open_baseline(plan.baseline, options, dtype="float32"),
+            {base: partial(open_merged, view, options, dtype="float32", rounded=True) for base, view in views.items()},
             samples,
             seed=0,
             progress=SILENT,
         )
         for name, samples in (("probe", texts.calibration), ("held_out", texts.test))
     }
-    base = open_baseline(plan.baseline.alone, **session)
+    base = open_baseline(plan.baseline.alone, options, dtype="float32")
     ids = [sample.ids[:-1] for sample in texts.test]
     losses = sample_nll(base.logits(ids, [list(sample.positions) for sample in texts.test]), texts.test)
     base.close()

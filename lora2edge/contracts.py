@@ -332,6 +332,21 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How a session is opened, JSON-ready with `asdict`."""
+
+    device: str
+    """"cpu" or "cuda"."""
+    threads: int
+    slots: int
+    """Requests that are served together."""
+    max_length: int
+    """Tokens of prompt and response together, per slot."""
+    trust_remote_code: bool = False
+    """Whether code that comes with a checkpoint may be run."""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionFacts:
     """What a session runs on: printed beside every figure that it gives."""
 
@@ -413,17 +428,7 @@ class Backend(Protocol):
         """
         ...
 
-    def open(
-        self,
-        path: Path,
-        target: Target,
-        *,
-        device: str,
-        threads: int,
-        slots: int,
-        max_length: int,
-        trust_remote_code: bool = False,
-    ) -> Session:
+    def open(self, path: Path, target: Target, options: SessionOptions) -> Session:
         """Opens the files that `lower` wrote."""
         ...
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from lora2edge.bench.process import Command
 from lora2edge.bench.scenario import Scenario, context_needed, load_scenario, make_requests
 from lora2edge.cache import Cache, now, stage_key
 from lora2edge.calibration import calibrate
-from lora2edge.contracts import Progress, Sample
+from lora2edge.contracts import Progress, Sample, SessionOptions
 from lora2edge.errors import ProofError
 from lora2edge.merge_base import MEASURE
 from lora2edge.plan import ANSWER_TOKENS, Plan
@@ -94,20 +94,23 @@ class Pipeline:
 
     def _measure_bases(self, samples: list[Sample]) -> Finished:
         plan = self.plan
-        session = {**self._session(samples), "dtype": "float32"}
+        session = self._session(samples)
         views = {name: plan.on(name).merged for name in plan.bases.candidates}
 
         def measure(folder: Path) -> dict[str, Any]:
             return choose_nearest(
-                lambda: open_baseline(plan.baseline, **session),
-                {name: partial(open_merged, view, rounded=True, **session) for name, view in views.items()},
+                lambda: open_baseline(plan.baseline, session, dtype="float32"),
+                {
+                    name: partial(open_merged, view, session, dtype="float32", rounded=True)
+                    for name, view in views.items()
+                },
                 samples,
                 seed=plan.recipe.seed,
                 progress=self.progress,
             )
 
         keys = [view.fingerprint() for view in views.values()]
-        parts = [plan.baseline_key, keys, samples_digest(samples), session, plan.recipe.seed]
+        parts = [plan.baseline_key, keys, samples_digest(samples), asdict(session), plan.recipe.seed]
         return self._cached("merge-base", parts, measure)
 
     def prove(self, texts: Texts) -> Finished:
@@ -118,8 +121,8 @@ class Pipeline:
         def verify(view: MergedCheckpoint) -> MergeProof:
             try:
                 return verify_merge(
-                    lambda dtype: open_baseline(view.ref, dtype=dtype, **session),
-                    lambda dtype, rounded: open_merged(view, dtype=dtype, rounded=rounded, **session),
+                    lambda dtype: open_baseline(view.ref, session, dtype=dtype),
+                    lambda dtype, rounded: open_merged(view, session, dtype=dtype, rounded=rounded),
                     samples,
                     dtype=plan.dtype,
                     progress=self.progress,
@@ -133,7 +136,7 @@ class Pipeline:
         def measure(folder: Path) -> dict[str, Any]:
             return join_proofs([verify(view) for view in plan.merged.steps], plan.merged.reference)
 
-        return self._cached("prove", [samples_digest(samples), session], measure)
+        return self._cached("prove", [samples_digest(samples), asdict(session)], measure)
 
     def calibrate(self, texts: Texts) -> Finished:
         """The calibration folder: samples, and the activation statistics of the merged model."""
@@ -162,15 +165,15 @@ class Pipeline:
 
         def measure(folder: Path) -> dict[str, Any]:
             return record_reference(
-                open_baseline(plan.baseline, dtype=dtype, **session),
-                lambda: open_baseline(plan.baseline.alone, dtype=dtype, **session),
+                open_baseline(plan.baseline, session, dtype=dtype),
+                lambda: open_baseline(plan.baseline.alone, session, dtype=dtype),
                 samples,
                 folder,
                 seed=plan.recipe.seed,
                 progress=self.progress,
             )
 
-        parts = [plan.baseline_key, samples_digest(samples), session, dtype, plan.recipe.seed]
+        parts = [plan.baseline_key, samples_digest(samples), asdict(session), dtype, plan.recipe.seed]
         return self._cached("baseline", parts, measure)
 
     def lower_key(self, target: Target, calibration: Finished | None) -> str:
@@ -213,7 +216,7 @@ class Pipeline:
 
     def measure(self, target: Target, artifact: Path, reference: Finished, texts: Texts) -> Finished:
         """Quality of the artifact against the recorded baseline."""
-        session = self._session(texts.test)
+        session = asdict(self._session(texts.test))
         request = {
             "stage": "measure",
             "target": target.model_dump(mode="json"),
@@ -221,8 +224,7 @@ class Pipeline:
             "artifact": str(artifact),
             "reference": str(reference.path),
             "seed": self.plan.recipe.seed,
-            "trust_remote_code": self.plan.recipe.trust_remote_code,
-            **session,
+            "session": session,
         }
         key = [self._identity(artifact), reference.key, session]
         return self._cached("measure", key, lambda _: run_stage(request, self.progress, target.python), target)
@@ -256,14 +258,8 @@ class Pipeline:
     ) -> dict[str, Any]:
         """One scenario's figures."""
         plan = self.plan
-        session = {
-            "stage": "session",
-            "device": plan.device,
-            "threads": plan.threads,
-            "slots": scenario.slots,
-            "max_length": context_needed(scenario, requests),
-            "trust_remote_code": plan.recipe.trust_remote_code,
-        }
+        session = replace(self._session([]), slots=scenario.slots, max_length=context_needed(scenario, requests))
+        request = {"stage": "session", "session": asdict(session)}
         sides: dict[str, dict[str, Any]] = {
             "baseline": {"checkpoint": plan.baseline.to_json(), "dtype": dtype},
             "artifact": {"artifact": str(artifact), "target": target.model_dump(mode="json")},
@@ -272,7 +268,7 @@ class Pipeline:
             commands = {}
             for name, side in sides.items():
                 path = Path(folder) / f"{name}.json"
-                path.write_text(json.dumps({**session, "kind": name, **side}), encoding="utf-8")
+                path.write_text(json.dumps({**request, "kind": name, **side}), encoding="utf-8")
                 commands[name] = Command(tuple(stage_command(path, target.python if name == "artifact" else None)))
             result = bench(commands["baseline"], commands["artifact"], requests, scenario, self.progress)
         return result.to_json()
@@ -313,14 +309,11 @@ class Pipeline:
         manifest = open_artifact(artifact).manifest
         return [manifest.key, dict(manifest.files)]
 
-    def _session(self, samples: list[Sample]) -> dict[str, Any]:
-        longest = max(len(sample.ids) for sample in samples)
-        return {
-            "device": self.plan.device,
-            "threads": self.plan.threads,
-            "slots": _SLOTS,
-            "max_length": longest + ANSWER_TOKENS,
-        }
+    def _session(self, samples: Sequence[Sample]) -> SessionOptions:
+        """For running `samples`, and answers to them."""
+        longest = max((len(sample.ids) for sample in samples), default=0)
+        trusted = self.plan.recipe.trust_remote_code
+        return SessionOptions(self.plan.device, self.plan.threads, _SLOTS, longest + ANSWER_TOKENS, trusted)
 
 
 def _lowered(folder: Path, key: str, *, reused: bool) -> Finished:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from lora2edge.contracts import CheckpointRef, Progress
+from lora2edge.contracts import CheckpointRef, Progress, SessionOptions
 from lora2edge.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
@@ -208,15 +208,7 @@ def _measure(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     reference = open_reference(Path(request["reference"]))
     backend, artifact = load_backend(target.backend), Path(request["artifact"])
     damage = backend.damage(open_view(CheckpointRef.from_json(request["checkpoint"])), artifact, progress)
-    session = backend.open(
-        artifact,
-        target,
-        device=request["device"],
-        threads=request["threads"],
-        slots=request["slots"],
-        max_length=request["max_length"],
-        trust_remote_code=request["trust_remote_code"],
-    )
+    session = backend.open(artifact, target, SessionOptions(**request["session"]))
     try:
         quality = measure_quality(session, reference, seed=request["seed"], progress=progress)
         return {"quality": quality, "damage": [asdict(tensor) for tensor in damage], "facts": asdict(session.facts)}
@@ -229,31 +221,18 @@ def _session(request: Mapping[str, Any]) -> NoReturn:
     from lora2edge.bench.worker import serve_stdio
     from lora2edge.contracts import Session
 
+    options = SessionOptions(**request["session"])
+
     def open_session() -> Session:
         if request["kind"] == "baseline":
             from lora2edge.backends.hf import open_baseline
 
-            return open_baseline(
-                CheckpointRef.from_json(request["checkpoint"]),
-                dtype=request["dtype"],
-                device=request["device"],
-                threads=request["threads"],
-                slots=request["slots"],
-                max_length=request["max_length"],
-            )
+            return open_baseline(CheckpointRef.from_json(request["checkpoint"]), options, dtype=request["dtype"])
         from lora2edge.backends.base import load_backend
         from lora2edge.target import Target
 
         target = Target.model_validate(request["target"])
-        return load_backend(target.backend).open(
-            Path(request["artifact"]),
-            target,
-            device=request["device"],
-            threads=request["threads"],
-            slots=request["slots"],
-            max_length=request["max_length"],
-            trust_remote_code=request["trust_remote_code"],
-        )
+        return load_backend(target.backend).open(Path(request["artifact"]), target, options)
 
     serve_stdio(open_session)
 

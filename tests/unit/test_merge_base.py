@@ -14,7 +14,7 @@ import torch
 from lora2edge.adapters import Adapter, read_adapter
 from lora2edge.backends.hf import open_baseline, open_merged
 from lora2edge.checkpoint import RequantizedCheckpoint, StoredCheckpoint, open_checkpoint
-from lora2edge.contracts import CheckpointRef
+from lora2edge.contracts import CheckpointRef, SessionOptions
 from lora2edge.errors import InputError
 from lora2edge.merge_base import DEQUANTIZED, MEASURE, ORIGINAL, find_bases
 from lora2edge.plan import Plan, plan_build
@@ -26,7 +26,7 @@ from tests.tiny import make_adapter, make_checkpoint, make_data
 
 Run = Callable[..., Outcome]
 IDS = [5, 9, 40, 100, 7, 220, 31]
-SESSION = {"dtype": "float32", "device": "cpu", "threads": 1, "slots": 1, "max_length": 64}
+SESSION = SessionOptions("cpu", threads=1, slots=1, max_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ def test_the_baseline_is_the_adapter_live_on_bitsandbytes(trained_on: str, root:
     ).eval()
     with torch.inference_mode():
         expected = live(torch.tensor([IDS])).logits[0]
-    ours = _logits(open_baseline(plan.baseline, **SESSION))
+    ours = _logits(open_baseline(plan.baseline, SESSION, dtype="float32"))
     assert (ours - expected).norm() <= 1e-5 * expected.norm()
-    original = _logits(open_baseline(CheckpointRef.of(root / "base", root / "adapter"), **SESSION))
+    original = _logits(open_baseline(CheckpointRef.of(root / "base", root / "adapter"), SESSION, dtype="float32"))
     assert (original - expected).norm() > 1e-2 * expected.norm()  # the two bases can be told apart
     for name, near in ((DEQUANTIZED, True), (ORIGINAL, False)):
-        merged = _logits(open_merged(plan.on(name).merged, rounded=True, **SESSION))
+        merged = _logits(open_merged(plan.on(name).merged, SESSION, dtype="float32", rounded=True))
         assert ((merged - expected).norm() <= 1e-5 * expected.norm()) == near
 
 
@@ -146,7 +146,7 @@ def test_asking_for_the_original(root: Path, tmp_path: Path, lora2edge: Run) -> 
     assert report["merge_base"]["measured"] is None and report["merge_base"]["chosen"] == ORIGINAL
     assert report["merge"]["math_kl"] < 1e-9
     assert report["targets"]["hf/merged"]["quality"]["kl_mean"] > 1e-4
-    plain = _nll(open_baseline(CheckpointRef.of(root / "base"), **SESSION), out)
+    plain = _nll(open_baseline(CheckpointRef.of(root / "base"), SESSION, dtype="float32"), out)
     assert report["baseline"]["base"]["nll"] != pytest.approx(plain, rel=1e-4)  # that of the quantized base
 
 

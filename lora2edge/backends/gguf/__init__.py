@@ -30,6 +30,7 @@ from lora2edge.contracts import (
     Machine,
     Progress,
     Session,
+    SessionOptions,
     TensorDamage,
 )
 from lora2edge.errors import CheckpointError, Lora2EdgeError, TargetError
@@ -106,27 +107,17 @@ class GgufBackend:
         versions = {library.facts["library"]: library.facts["version"], "llama.cpp": library.facts["llama_cpp"]}
         return Lowered(versions, {**facts(decision, types, importance), "tokenizer": parity})
 
-    def open(
-        self,
-        path: Path,
-        target: Target,
-        *,
-        device: str,
-        threads: int,
-        slots: int,
-        max_length: int,
-        trust_remote_code: bool = False,
-    ) -> Session:
+    def open(self, path: Path, target: Target, options: SessionOptions) -> Session:
         """A session on `path / model.gguf`."""
         from lora2edge.backends.gguf.session import open_session
 
         return open_session(
             path / MODEL_FILE,
             library=read_options(target).library,
-            device=device,
-            threads=threads,
-            slots=slots,
-            max_length=max_length,
+            device=options.device,
+            threads=options.threads,
+            slots=options.slots,
+            max_length=options.max_length,
         )
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:

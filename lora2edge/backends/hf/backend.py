@@ -23,6 +23,7 @@ from lora2edge.contracts import (
     Machine,
     Progress,
     Session,
+    SessionOptions,
     TensorDamage,
     TensorInfo,
 )
@@ -96,28 +97,12 @@ class HfBackend:
         dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
         return Lowered(versions={"numpy": np.__version__}, notes={"dtypes": dtypes})
 
-    def open(
-        self,
-        path: Path,
-        target: Target,
-        *,
-        device: str,
-        threads: int,
-        slots: int,
-        max_length: int,
-        trust_remote_code: bool = False,
-    ) -> Session:
+    def open(self, path: Path, target: Target, options: SessionOptions) -> Session:
         """The written folder in PyTorch, in its own dtype."""
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        return open_baseline(
-            CheckpointRef(str(path), trust_remote_code=trust_remote_code),
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            slots=slots,
-            max_length=max_length,
-        )
+        written = CheckpointRef(str(path), trust_remote_code=options.trust_remote_code)
+        return open_baseline(written, options, dtype=dtype)
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:
         """Compares the written matrices with the unrounded ones."""

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from lora2edge.backends.hf.batching import Batcher
 from lora2edge.backends.hf.load import find_reference, is_quantized, load_live, resolve_tokenizer
 from lora2edge.calibration.model import build_model
-from lora2edge.contracts import GREEDY, Checkpoint, CheckpointRef, Message, Sampling, SessionFacts, TokenizerFiles
+from lora2edge.contracts import (
+    GREEDY,
+    Checkpoint,
+    CheckpointRef,
+    Message,
+    Sampling,
+    SessionFacts,
+    SessionOptions,
+    TokenizerFiles,
+)
 from lora2edge.errors import DataError, UnsupportedError
 from lora2edge.texts import Renderer
 
@@ -22,39 +31,23 @@ _BATCH_TOKENS = 1024
 back to the system after each layer (measured: 2048 takes 1.1 × the time in float32, 1.4 × in bfloat16)."""
 
 
-def open_baseline(
-    ref: CheckpointRef,
-    *,
-    dtype: str,
-    device: str,
-    threads: int,
-    slots: int,
-    max_length: int,
-) -> HfSession:
+def open_baseline(ref: CheckpointRef, options: SessionOptions, *, dtype: str) -> HfSession:
     """The base folder, with the adapters live on it, read by transformers and PEFT themselves.
 
     Without adapters it is the base alone, or any checkpoint folder. `dtype`: "float32", "bfloat16" or "float16".
     Raises CheckpointError or AdapterError where the libraries cannot read the folders.
     """
-    model = load_live(ref, dtype=dtype, device=device)
-    files = resolve_tokenizer(ref)
-    session = HfSession(
-        model, files, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length,
-        reference=find_reference(ref),
-    )  # fmt: skip
+    model = load_live(ref, dtype=dtype, device=options.device)
+    session = HfSession(model, resolve_tokenizer(ref), options, dtype=dtype, reference=find_reference(ref))
     if is_quantized(ref):
         session.facts = replace(session.facts, build=f"{session.facts.build}; quantized base, dequantized when loaded")
     return session
 
 
-def open_merged(
-    view: Checkpoint, *, dtype: str, rounded: bool, device: str, threads: int, slots: int, max_length: int
-) -> HfSession:
+def open_merged(view: Checkpoint, options: SessionOptions, *, dtype: str, rounded: bool) -> HfSession:
     """A view (merged or plain) in PyTorch; `rounded`: with weights as they would be written. Writes nothing."""
-    model = build_model(view, dtype=dtype, device=device, rounded=rounded)
-    return HfSession(
-        model, view.tokenizer, dtype=dtype, device=device, threads=threads, slots=slots, max_length=max_length
-    )
+    model = build_model(view, dtype=dtype, device=options.device, rounded=rounded)
+    return HfSession(model, view.tokenizer, options, dtype=dtype)
 
 
 class Head:
@@ -113,19 +106,17 @@ class HfSession:
         self,
         model: Any,
         tokenizer: TokenizerFiles,
+        options: SessionOptions,
         *,
         dtype: str,
-        device: str,
-        threads: int,
-        slots: int,
-        max_length: int,
         reference: str = "",
     ) -> None:
         import peft
         import torch
         import transformers
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(options.threads)
+        device, slots = options.device, options.slots
         self._model = model
         self._causal = model.get_base_model() if isinstance(model, peft.PeftModel) else model
         self._device = device
@@ -138,8 +129,8 @@ class HfSession:
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             dtype=dtype,
             slots=slots,
-            threads=threads,
-            max_length=max_length,
+            threads=options.threads,
+            max_length=options.max_length,
             batching=(
                 f"static: up to {slots} waiting requests are prefilled and decoded together, finished ones leave "
                 "the batch, the next batch starts when all are done"
@@ -153,7 +144,7 @@ class HfSession:
             reference=reference,
         )
         self._check_head()
-        self._batcher = Batcher(self._causal, self.head.tensor, device=device, threads=threads, slots=slots)
+        self._batcher = Batcher(self._causal, self.head.tensor, device=device, threads=options.threads, slots=slots)
 
     @property
     def tokenizer(self) -> TokenizerFiles:

@@ -18,13 +18,13 @@ from lora2edge.adapters import merge, read_adapter
 from lora2edge.backends.hf import HfBackend, HfSession, open_baseline, open_merged
 from lora2edge.calibration.model import build_model
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.contracts import CheckpointRef, Machine
+from lora2edge.contracts import CheckpointRef, Machine, SessionOptions
 from lora2edge.errors import AdapterError, CheckpointError, DataError, Refusals
 from lora2edge.progress import SILENT
 from lora2edge.target import Target
 from tests.tiny import ARCHES, make_adapter, make_checkpoint
 
-RUN: dict[str, Any] = {"device": "cpu", "threads": 1, "slots": 4, "max_length": 200}
+RUN = SessionOptions("cpu", threads=1, slots=4, max_length=200)
 PROMPTS = [[5, 9, 300, 41], [7], list(range(20, 60)), [700, 3, 3, 3, 12, 90, 77], [11, 12]]
 TARGET = Target(name="hf/merged", backend="hf", precision="stored")
 
@@ -41,7 +41,7 @@ def adapter(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def live(base: Path, adapter: Path) -> Iterator[HfSession]:
-    session = open_baseline(CheckpointRef.of(base, adapter), dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(base, adapter), RUN, dtype="float32")
     yield session
     session.close()
 
@@ -113,7 +113,7 @@ def test_a_view_that_does_not_fit_the_model_is_refused(base: Path, tmp_path: Pat
             build_model(view, dtype="float32", device="cpu", rounded=False)
         assert caught.value.code == code
     with pytest.raises(CheckpointError, match="lacks 1 of"):
-        open_baseline(CheckpointRef.of(tmp_path / "drop"), dtype="float32", **RUN)
+        open_baseline(CheckpointRef.of(tmp_path / "drop"), RUN, dtype="float32")
 
 
 def test_a_head_of_its_own_under_a_config_that_says_tied(base: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_output_layer_as_a_matrix(tmp_path: Path, arch: str, targets: list[s
     """With Gemma's soft-capping, and with a live adapter on the output layer itself."""
     folder = make_checkpoint(tmp_path / "base", arch, tied=arch == "gemma2")
     adapter = make_adapter(tmp_path / "adapter", folder, targets=targets)
-    session = open_baseline(CheckpointRef.of(folder, adapter), dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(folder, adapter), RUN, dtype="float32")
     states = session.hidden(PROMPTS[:1], [range(4)])[0]
     head = session.head
     expected = next(session.logits(PROMPTS[:1], [range(4)]))
@@ -191,10 +191,10 @@ def test_an_adapter_that_came_with_new_tokens(base: Path, tmp_path: Path) -> Non
     again = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     again.resize_token_embeddings(rows)
     expected = direct(PeftModel.from_pretrained(again, str(tmp_path)).eval(), [5, rows - 1, 9])
-    session = open_baseline(CheckpointRef.of(base, tmp_path), dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(base, tmp_path), RUN, dtype="float32")
     np.testing.assert_allclose(next(session.logits([[5, rows - 1, 9]], [range(3)])), expected, atol=2e-5)
     session.close()
-    plain = open_baseline(CheckpointRef.of(base), dtype="float32", **RUN)
+    plain = open_baseline(CheckpointRef.of(base), RUN, dtype="float32")
     before = next(plain.logits([[5, 9]], [range(2)]))
     plain.grow_vocabulary(rows)
     assert plain.vocabulary == rows
@@ -206,9 +206,9 @@ def test_an_adapter_that_came_with_new_tokens(base: Path, tmp_path: Path) -> Non
 
 def test_folders_that_cannot_be_read(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
-        open_baseline(CheckpointRef.of(tmp_path), dtype="float32", **RUN)
+        open_baseline(CheckpointRef.of(tmp_path), RUN, dtype="float32")
     with pytest.raises(AdapterError):
-        open_baseline(CheckpointRef.of(base, tmp_path), dtype="float32", **RUN)
+        open_baseline(CheckpointRef.of(base, tmp_path), RUN, dtype="float32")
 
 
 def test_an_adapter_that_lacks_a_tensor(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_an_adapter_that_lacks_a_tensor(base: Path, adapter: Path, tmp_path: Pat
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     with pytest.raises(AdapterError, match="lacks tensors") as caught:
-        open_baseline(CheckpointRef.of(base, tmp_path), dtype="float32", **RUN)
+        open_baseline(CheckpointRef.of(base, tmp_path), RUN, dtype="float32")
     assert "layers.0.self_attn.q_proj.lora_B" in caught.value.why
 
 
@@ -243,7 +243,7 @@ def test_greedy_answers_are_transformers_own(tmp_path: Path, arch: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     lengths = [3, 24, 9, 24, 1]
     expected = [greedy(model, ids, count) for ids, count in zip(PROMPTS, lengths, strict=True)]
-    session = open_baseline(CheckpointRef.of(folder), dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(folder), RUN, dtype="float32")
     streams = [session.generate(ids, max_new=n, stop=[]) for ids, n in zip(PROMPTS, lengths, strict=True)]
     assert [list(stream) for stream in streams] == expected
     assert list(session.generate(PROMPTS[2], max_new=9, stop=[])) == expected[2]
@@ -283,7 +283,7 @@ def test_closing_an_answer_frees_its_slot(live: HfSession) -> None:
 
 
 def test_closing_the_session_ends_what_runs(base: Path) -> None:
-    session = open_baseline(CheckpointRef.of(base), dtype="float32", **RUN)
+    session = open_baseline(CheckpointRef.of(base), RUN, dtype="float32")
     stream = session.generate(PROMPTS[0], max_new=190, stop=[])
     next(stream)
     session.close()
@@ -325,9 +325,9 @@ def test_lower_open_and_damage(base: Path, adapter: Path, tmp_path: Path, theirs
     assert lowered.notes == {"dtypes": ["BF16"]}
     written = (tmp_path / "model.safetensors").stat().st_size
     assert 0 <= written - estimate.disk_bytes < 10_000
-    session = backend.open(tmp_path, TARGET, **RUN)
+    session = backend.open(tmp_path, TARGET, RUN)
     assert session.facts.dtype == "bfloat16"
-    merged = open_merged(view, dtype="bfloat16", rounded=True, **RUN)
+    merged = open_merged(view, RUN, dtype="bfloat16", rounded=True)
     for ours, again in zip(session.logits(PROMPTS, [[0]] * 5), merged.logits(PROMPTS, [[0]] * 5), strict=True):
         assert np.array_equal(ours, again)
     session.close()

@@ -15,7 +15,7 @@ import torch
 from lora2edge.adapters import merge, read_adapter
 from lora2edge.backends.hf import HfSession, open_baseline, open_merged
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.contracts import CheckpointRef
+from lora2edge.contracts import CheckpointRef, SessionOptions
 from lora2edge.errors import DataError, ProofError
 from lora2edge.progress import SILENT
 from lora2edge.quality import (
@@ -31,7 +31,7 @@ from lora2edge.target import Gate, Target
 from lora2edge.texts import Renderer, Texts, load_texts, read_items
 from tests.tiny import make_adapter, make_checkpoint, make_data
 
-RUN: dict[str, Any] = {"device": "cpu", "threads": 1, "slots": 4, "max_length": 400}
+RUN = SessionOptions("cpu", threads=1, slots=4, max_length=400)
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -48,7 +48,7 @@ class Case:
         )
 
     def live(self, dtype: str) -> HfSession:
-        return open_baseline(CheckpointRef.of(self.base, self.adapter), dtype=dtype, **RUN)
+        return open_baseline(CheckpointRef.of(self.base, self.adapter), RUN, dtype=dtype)
 
     def live_agreement(self, dtype: str) -> float:
         """Share of positions where PEFT's live model has the same first answer in float32 and in `dtype`."""
@@ -72,7 +72,7 @@ class Case:
 
     def prove(self, view: Any = None, dtype: str = "bfloat16") -> MergeProof:
         def merged(dtype: str, rounded: bool) -> HfSession:
-            return open_merged(view or self.view, dtype=dtype, rounded=rounded, **RUN)
+            return open_merged(view or self.view, RUN, dtype=dtype, rounded=rounded)
 
         return verify_merge(self.live, merged, self.texts.calibration, dtype=dtype, progress=SILENT)
 
@@ -211,7 +211,7 @@ def test_bad_rounding_does_not_pass(case: Case) -> None:
             return (rows.view(np.uint32) & np.uint32(0xFFF80000)).view(np.float32)
 
         view: Any = Wrong(case.view, truncate) if rounded else case.view
-        return open_merged(view, dtype=dtype, rounded=rounded, **RUN)
+        return open_merged(view, RUN, dtype=dtype, rounded=rounded)
 
     with pytest.raises(ProofError, match="rounding_kl"):
         verify_merge(case.live, merged, case.texts.calibration, dtype="bfloat16", progress=SILENT)
@@ -225,7 +225,7 @@ def recorded(case: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("reference")
     figures = record_reference(
         case.live("float32"),
-        lambda: open_baseline(CheckpointRef.of(case.base), dtype="float32", **RUN),
+        lambda: open_baseline(CheckpointRef.of(case.base), RUN, dtype="float32"),
         case.texts.test,
         folder,
         seed=0,
@@ -273,7 +273,7 @@ def test_quality_of_the_baseline_itself_and_of_another_model(case: Case, recorde
     assert same["ppl"] == pytest.approx(recorded[1]["ppl"], rel=1e-6)
     assert same["intervals"]["ppl_ratio"]["value"] == pytest.approx(1, abs=1e-6)
 
-    base = open_baseline(CheckpointRef.of(case.base), dtype="float32", **RUN)
+    base = open_baseline(CheckpointRef.of(case.base), RUN, dtype="float32")
     lost = measure_quality(base, reference, seed=0, progress=SILENT)
     base.close()
     assert lost["nll"] == pytest.approx(recorded[1]["base"]["nll"], rel=1e-9)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora2edge.backends.gguf import GgufBackend
-from lora2edge.contracts import ChannelStats, Checkpoint, Lowered, Sample
+from lora2edge.contracts import ChannelStats, Checkpoint, Lowered, Sample, SessionOptions
 from lora2edge.progress import SILENT
 from lora2edge.target import Target
 
@@ -54,7 +54,7 @@ def divergence(folder: Path, out: Path, *, length: int = 200, context: int = 512
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         expected = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1).numpy()
-    session = GgufBackend().open(out, target("f32"), device="cpu", threads=1, slots=1, max_length=context)
+    session = GgufBackend().open(out, target("f32"), SessionOptions("cpu", threads=1, slots=1, max_length=context))
     try:
         logits = next(iter(session.logits([ids], [range(length)]))).astype(np.float64)
     finally:
