@@ -65,8 +65,6 @@ class Survey:
     """What refuses the whole build."""
     refused: Mapping[str, tuple[InputError, ...]] = field(default_factory=dict)
     """Target name → what refuses it."""
-    rate: float = 0.0
-    """float32 operations per second."""
 
     @property
     def refusals(self) -> list[InputError]:
@@ -82,9 +80,10 @@ class Survey:
         if self.merged is None:
             return []
         code = own_code(self.merged.config)
-        stages = forecast_stages(self.merged, self.targets, self.estimates, self.recipe, self.rate, code)
+        rate = operations_per_second(self.machine)
+        stages = forecast_stages(self.merged, self.targets, self.estimates, self.recipe, rate, code)
         if self.bases and self.bases.method == MEASURE:
-            stages.insert(1, forecast_choice(self.merged, len(self.bases.candidates), self.rate))
+            stages.insert(1, forecast_choice(self.merged, len(self.bases.candidates), rate))
         return stages
 
     @property
@@ -176,8 +175,7 @@ def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) 
             _try(errors, partial(check_butterflies, survey.adapters))
         _check_memory(merged, survey.machine, errors)
     _check_disk(estimates, survey.machine, out, errors)
-    rate = operations_per_second(survey.machine)
-    return replace(survey, estimates=estimates, errors=tuple(errors), refused=refused, rate=rate)
+    return replace(survey, estimates=estimates, errors=tuple(errors), refused=refused)
 
 
 def check_code(config: Mapping[str, Any]) -> None:
