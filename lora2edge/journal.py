@@ -63,16 +63,19 @@ def resumable_folder(path: Path, key: str) -> Iterator[Path]:
     It is empty, or holds what a killed or interrupted block with this key finished, as its Journal says, and nothing
     else. Working folders of other keys are removed. Where the block raises, this one vanishes; after an interrupt it is
     kept if anything in it is finished, and the exception gets a note that says where. Where `path` is a link, all of
-    this is done where it leads. Raises OutputError where the disk is full or read-only, or another process is at the
-    same work; of two with different keys the one that ends last stays.
+    this is done where it leads. Raises OutputError where the disk is full or read-only, or another process is at work
+    on `path`, with whatever key: both would end well, and only one of them be there.
     """
     with writing(path):
         path = follow(path)
         work = path.with_name(f".{path.name}.{key[:16]}.resume")
         folder = work / FILES
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path, keep=work)
         with alone_in(work, path):
+            if sweep(path, keep=work):
+                with contextlib.suppress(OSError):  # what a killed process left in it stays
+                    work.rmdir()
+                raise busy(path)
             _tidy(work)
             try:
                 yield folder

@@ -224,24 +224,34 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def sweep(path: Path, keep: Path | None = None) -> None:
-    """Removes what killed processes (no longer alive) left beside `path`, but for `keep`."""
+def sweep(path: Path, keep: Path | None = None) -> bool:
+    """Removes what killed processes (no longer alive) left beside `path`, but for `keep`.
+
+    Returns whether another process is at work on `path` in a folder that goes on after a kill.
+    """
+    at_work = False
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
         name, owner, kind = left.name.rsplit(".", 2)
         if left == keep or name != f".{path.name}":
             continue
         if kind == "resume":
-            _remove_unlocked(left)
+            at_work |= not _remove_unlocked(left)
         elif kind in {"partial", "old"} and owner.isdigit() and not lives(int(owner)):
             if kind == "old" and not path.exists():  # killed between the two renames
                 left.replace(path)
             else:
                 _remove(left)
+    return at_work
 
 
-def _remove_unlocked(folder: Path) -> None:
-    with contextlib.suppress(OutputError), alone_in(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove_unlocked(folder: Path) -> bool:
+    """Whether no other process had it."""
+    try:
+        with alone_in(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    except OutputError as error:
+        return error.code != "out-busy"
+    return True
 
 
 def _lock_folder(folder: Path, out: Path) -> int:
