@@ -13,7 +13,7 @@ from lora2edge.cache import Cache
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Artifact, Progress
 from lora2edge.errors import InputError, refuse
-from lora2edge.forecast import match_base
+from lora2edge.forecast import compare_names
 from lora2edge.merge_base import refuse_unmeasured
 from lora2edge.output import check_replaceable
 from lora2edge.pipeline import Finished, Pipeline
@@ -36,8 +36,8 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
     if recipe.data is None:
         refuse_unmeasured(plan.bases)
     check_replaceable(out, [plan.base.path, *(adapter.path for adapter in plan.adapters)], force=force)
-    match = [match_base(plan.merged, adapter, recipe.base) for adapter in plan.adapters]
-    result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors), "match": match}
+    named = [compare_names(plan.merged, adapter, recipe.base) for adapter in plan.adapters]
+    result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors), "named_bases": named}
     if recipe.data is not None:
         pipeline, texts = Pipeline(plan, Cache(), progress), load_calibration_texts(plan)
         result["merge_base"] = pipeline.choose_merge_base(texts)

@@ -39,7 +39,7 @@ def command(out: Path, prove: bool, data: Path | None, force: bool, as_json: boo
         return
     from lora2edge.report.words import merge_base_lines, named_base
 
-    for match in result["match"]:
+    for match in result["named_bases"]:
         if match["same_name"] is False:
             click.echo(f"note: {named_base(match)}")
     if merge_base := result.get("merge_base"):
