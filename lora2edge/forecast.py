@@ -197,8 +197,6 @@ def match_base(view: MergedCheckpoint, adapter: Adapter, given: str | None) -> d
 
     Two checkpoints of one size have the same names and shapes, so the name that the adapter gives is compared too.
     """
-    named, revision = adapter.base_model_name_or_path, adapter.revision
-    folder = view.base.path
     embedding = embedding_name(view.tensors)
     tokenizer = view.tokenizer.files.get("tokenizer.json")
     return {
@@ -207,10 +205,18 @@ def match_base(view: MergedCheckpoint, adapter: Adapter, given: str | None) -> d
         "tokenizer_from": "adapter" if tokenizer and tokenizer.parent == adapter.path else "base",
         "embedding_rows": view.tensors[embedding].shape[0] if embedding else None,
         "output_head": "own" if head_name(view.tensors) else "the embedding",
+        **compare_names(view, adapter, given),
+    }
+
+
+def compare_names(view: MergedCheckpoint, adapter: Adapter, given: str | None) -> dict[str, Any]:
+    """What base the adapter names, and whether the one that was `given` has that name; None where either is missing."""
+    named = adapter.base_model_name_or_path
+    return {
         "named": named,
-        "named_revision": revision,
+        "named_revision": adapter.revision,
         "given": given or named,
-        "same_name": _same_name(named, folder) if given and named else None,
+        "same_name": _same_name(named, view.base.path) if given and named else None,
     }
 
 

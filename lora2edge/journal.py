@@ -21,7 +21,7 @@ import numpy as np
 
 from lora2edge.directio import BLOCK, aligned, set_direct, write_at
 from lora2edge.errors import Lora2EdgeError
-from lora2edge.storage import alone_in, busy, lock, replace_folder, sweep, writing
+from lora2edge.storage import alone_in, busy, follow, lock, replace_folder, sweep, writing
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -62,15 +62,20 @@ def resumable_folder(path: Path, key: str) -> Iterator[Path]:
     The folder lies in a working folder beside `path`, whose name has `key`, the hash of all that determines its files.
     It is empty, or holds what a killed or interrupted block with this key finished, as its Journal says, and nothing
     else. Working folders of other keys are removed. Where the block raises, this one vanishes; after an interrupt it is
-    kept if anything in it is finished, and the exception gets a note that says where. Raises OutputError where the
-    disk is full or read-only, or another process is at the same work.
+    kept if anything in it is finished, and the exception gets a note that says where. Where `path` is a link, all of
+    this is done where it leads. Raises OutputError where the disk is full or read-only, or another process is at work
+    on `path`, with whatever key: both would end well, and only one of them be there.
     """
-    work = path.with_name(f".{path.name}.{key[:16]}.resume")
-    folder = work / FILES
     with writing(path):
+        path = follow(path)
+        work = path.with_name(f".{path.name}.{key[:16]}.resume")
+        folder = work / FILES
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path, keep=work)
         with alone_in(work, path):
+            if sweep(path, keep=work):
+                with contextlib.suppress(OSError):  # what a killed process left in it stays
+                    work.rmdir()
+                raise busy(path)
             _tidy(work)
             try:
                 yield folder
@@ -252,6 +257,8 @@ def read_marks(folder: Path) -> dict[str, Mark]:
 
 def kept_bytes(out: Path) -> int:
     """Bytes in the working folders of `out` and of its artifacts: the next run goes on with them or removes them."""
+    with writing(out):
+        out = follow(out)
     files = [
         *out.parent.glob(f".{glob.escape(out.name)}.*.resume/{FILES}/*"),
         *out.glob(f"artifacts/.*.resume/{FILES}/*"),

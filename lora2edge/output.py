@@ -7,10 +7,16 @@ from pathlib import Path
 
 from lora2edge.contracts import MANIFEST, Manifest
 from lora2edge.errors import OutputError
+from lora2edge.storage import follow, writing
 
 
 def check_out(out: Path, *, force: bool) -> None:
     """Refuses a folder that is not empty and was not written by a build, unless `force`. Raises OutputError."""
+    with writing(out):
+        _check_out(out, force)
+
+
+def _check_out(out: Path, force: bool) -> None:
     if not _occupied(out) or force:
         return
     if not (out / "recipe.resolved.yaml").exists() and not _holds_artifacts_only(out):
@@ -27,7 +33,12 @@ def check_replaceable(out: Path, inputs: Sequence[Path], *, force: bool) -> None
 
     Never one that an input lies in. Raises OutputError.
     """
-    if any(path.resolve().is_relative_to(out.resolve()) for path in inputs):
+    with writing(out):
+        _check_replaceable(out, inputs, force)
+
+
+def _check_replaceable(out: Path, inputs: Sequence[Path], force: bool) -> None:
+    if any(path.resolve().is_relative_to(follow(out).resolve()) for path in inputs):
         raise OutputError(
             "out-is-input",
             f"{out} holds what is read",
@@ -44,9 +55,11 @@ def check_replaceable(out: Path, inputs: Sequence[Path], *, force: bool) -> None
 
 
 def _occupied(out: Path) -> bool:
-    """Whether there is anything at `out`. Raises OutputError where it is a file."""
-    if out.exists() and not out.is_dir():
-        raise OutputError("out-is-file", f"{out} is a file", why="--out names a folder", hint=f"--out {out}.d")
+    """Whether there is anything at `out`. Raises OutputError where it, or what it lies in, is a file, and OSError."""
+    out = follow(out)
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise OutputError("out-is-file", f"{path} is a file", why="--out names a folder", hint=f"--out {path}.d")
     return out.exists() and any(out.iterdir())
 
 

@@ -23,7 +23,19 @@ _DISK_ERRORS = {
     errno.EROFS: ("read-only", "the file system is read-only", "choose a writable folder with --out"),
     errno.EACCES: ("read-only", "permission denied", "choose a writable folder with --out"),
     errno.EPERM: ("read-only", "permission denied", "choose a writable folder with --out"),
-}
+    errno.EFBIG: ("file-too-large", "a file is larger than the file system or a limit (ulimit -f) allows",
+                  "choose another disk with --out (FAT32 holds 4 GB a file), or raise the limit"),
+    errno.ENAMETOOLONG: ("bad-out", "a name is too long for the file system", "choose a shorter name with --out"),
+    errno.ENOTDIR: ("bad-out", "a part of the path is a file", "choose another folder with --out"),
+    errno.EEXIST: ("bad-out", "a file is where a folder has to be", "choose another folder with --out"),
+    errno.EISDIR: ("bad-out", "a folder is where a file has to be", "choose another folder with --out"),
+    errno.ELOOP: ("bad-out", "a symbolic link leads to itself", "remove the link, or choose another folder with --out"),
+    errno.EIO: ("disk-error", "a disk, or the network to one, failed while it was read or written",
+                "look at the system's log (dmesg), and choose another disk with --out"),
+}  # fmt: skip
+
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST}
+"""Of a rename: another process has put a folder there."""
 
 
 def canonical_json(data: Any) -> str:
@@ -69,9 +81,22 @@ def remember_sha256(path: Path, before: tuple[int, ...], sha256: str) -> None:
         _HASHED[before] = sha256
 
 
+def follow(path: Path) -> Path:
+    """Where the symbolic link `path` leads, whether or not anything is there; `path` where it is none.
+
+    What is written goes there: a link to a larger disk stays one. Raises OSError, ELOOP, where it leads to itself.
+    """
+    if not path.is_symlink():
+        return path
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # Python 3.11 and 3.12
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+
+
 @contextlib.contextmanager
 def writing(where: Path) -> Iterator[None]:
-    """Turns a full disk and missing rights into an OutputError that names `where`."""
+    """Turns what a disk, a path or missing rights can do into an OutputError that names `where`."""
     try:
         yield
     except OSError as error:
@@ -85,10 +110,12 @@ def writing(where: Path) -> Iterator[None]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty sibling folder that becomes `path` when the block ends, and vanishes when it raises.
 
-    An existing `path` is replaced. Raises OutputError where the disk is full or read-only.
+    An existing `path` is replaced; of a link, the folder that it leads to. Raises OutputError where the disk is full
+    or read-only.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
+        path = follow(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         partial.mkdir()
@@ -159,7 +186,8 @@ def busy(out: Path) -> OutputError:
 def replace_folder(partial: Path, path: Path) -> None:
     """Brings the finished folder `partial` to the disk and renames it to `path`, whatever is there.
 
-    A folder that holds files cannot be replaced in one step: the old one steps aside first.
+    A folder that holds files cannot be replaced in one step: the old one steps aside first. Where several processes
+    do so at once, one folder is there in the end, whole, and nothing else.
     """
     for file in (*partial.rglob("*"), partial):
         _fsync(file)
@@ -172,35 +200,58 @@ def replace_folder(partial: Path, path: Path) -> None:
                 partial.replace(path)
                 break
             except OSError as error:
-                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                if error.errno not in _TAKEN:
                     raise
                 # Another process has put its own there since.
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
         _fsync(path.parent)
-    finally:
-        if old.exists() and not path.exists():
-            old.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        try:
+            if os.path.lexists(old) and not path.exists():
+                old.replace(path)
+        except OSError as error:  # what could not be put back is not removed
+            if error.errno not in _TAKEN:
+                raise
+        _remove(old)
+        raise
+    _remove(old)
 
 
-def sweep(path: Path, keep: Path | None = None) -> None:
-    """Removes what killed processes (no longer alive) left beside `path`, but for `keep`."""
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, or a link or file."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep(path: Path, keep: Path | None = None) -> bool:
+    """Removes what killed processes (no longer alive) left beside `path`, but for `keep`.
+
+    Returns whether another process is at work on `path` in a folder that goes on after a kill.
+    """
+    at_work = False
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
         name, owner, kind = left.name.rsplit(".", 2)
         if left == keep or name != f".{path.name}":
             continue
         if kind == "resume":
-            _remove_unlocked(left)
+            at_work |= not _remove_unlocked(left)
         elif kind in {"partial", "old"} and owner.isdigit() and not lives(int(owner)):
             if kind == "old" and not path.exists():  # killed between the two renames
                 left.replace(path)
             else:
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
+    return at_work
 
 
-def _remove_unlocked(folder: Path) -> None:
-    with contextlib.suppress(OutputError), alone_in(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove_unlocked(folder: Path) -> bool:
+    """Whether no other process had it."""
+    try:
+        with alone_in(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    except OutputError as error:
+        return error.code != "out-busy"
+    return True
 
 
 def _lock_folder(folder: Path, out: Path) -> int:

@@ -12,7 +12,8 @@ from lora2edge.build import describe_plan, survey_whole
 from lora2edge.cache import Cache
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Artifact, Progress
-from lora2edge.errors import InputError
+from lora2edge.errors import InputError, refuse
+from lora2edge.forecast import compare_names
 from lora2edge.merge_base import as_built, refuse_unmeasured, same_choice
 from lora2edge.output import check_replaceable
 from lora2edge.pipeline import Finished, Pipeline
@@ -35,7 +36,8 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
     if recipe.data is None:
         refuse_unmeasured(plan.bases)
     check_replaceable(out, [plan.base.path, *(adapter.path for adapter in plan.adapters)], force=force)
-    result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors)}
+    named = [compare_names(plan.merged, adapter, recipe.base) for adapter in plan.adapters]
+    result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors), "named_bases": named}
     if recipe.data is not None:
         pipeline, texts = Pipeline(plan, Cache(), progress), load_calibration_texts(plan)
         result["merge_base"] = pipeline.choose_merge_base(texts)
@@ -117,7 +119,8 @@ def bench_artifact(path: Path, options: dict[str, Any], scenarios: list[str], *,
 def inspect(path: Path, base: str | None = None) -> dict[str, Any]:
     """What the folder `path` holds: an artifact, an adapter or a checkpoint. Reads no weight.
 
-    Of an adapter also the plan of building it, where its base is at hand: `base`, or a folder that it names.
+    Of an adapter also the plan of building it, where its base is at hand: `base`, or a folder that it names. Raises
+    InputError where `base` cannot be opened; what else would refuse a build, the plan tells.
     """
     if (path / "manifest.json").exists():
         artifact = open_artifact(path)
@@ -137,7 +140,10 @@ def inspect(path: Path, base: str | None = None) -> dict[str, Any]:
         facts = adapter.describe()
         named = adapter.base_model_name_or_path
         at_hand = base or (named if named and Path(named).is_dir() else None)
-        plan = describe_plan(survey_whole(Recipe(base=at_hand, adapter=str(path)))) if at_hand else None
+        survey = survey_whole(Recipe(base=at_hand, adapter=str(path))) if at_hand else None
+        if base and survey and survey.base is None:
+            refuse(survey.refusals)
+        plan = describe_plan(survey) if survey else None
         return {**facts, "kind": "adapter", "method": facts["kind"], "base": named, "plan": plan}
     checkpoint = open_checkpoint(path)
     dtypes: dict[str, int] = {}

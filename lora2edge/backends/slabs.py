@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from lora2edge.checkpoint import one_blas_thread
+from lora2edge.errors import CheckpointError
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -17,6 +18,16 @@ R = TypeVar("R")
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def not_finite(name: str) -> CheckpointError:
+    """The error for a computed tensor that holds NaN or infinity."""
+    return CheckpointError(
+        "weight-not-finite",
+        f"{name} holds NaN or infinity when it is merged",
+        why="the base holds it, or the merge leaves the range of its dtype, or divides by zero (DoRA: a row of zeros)",
+        hint="download the base again; where it is sound, train without this module, or with a smaller scale",
+    )
 
 
 def in_order(job: Callable[[S], R], work: Iterable[S]) -> Iterator[tuple[S, R]]:

@@ -72,8 +72,8 @@ def fingerprint() -> str:
 
 def available(path: Path) -> Machine:
     """What work may use now: physical cores and memory within this process's limits, disk under `path`."""
-    folder = path.absolute()
-    while not folder.exists():
+    folder = Path(os.path.realpath(path))  # as resolve(), but for links that lead to themselves, which raise there
+    while not os.access(folder, os.F_OK):
         folder = folder.parent
     quota = _cpu_quota(_ROOT)
     cores = _physical_cores(_ROOT)

@@ -1,7 +1,7 @@
 """Base checkpoints as they lie on disk: header, weights by rows, config, tokenizer files. No torch, no mmap."""
 
 from lora2edge.checkpoint.blas import one_blas_thread
-from lora2edge.checkpoint.floats import FLOAT_DTYPES, decode, encode_rows
+from lora2edge.checkpoint.floats import FLOAT_DTYPES, all_finite, decode, encode_finite, encode_rows
 from lora2edge.checkpoint.header import Header, StoredTensor, read_header
 from lora2edge.checkpoint.modules import ExpertPlace, expert_place
 from lora2edge.checkpoint.quantized import BnbSettings, RequantizedCheckpoint, linear_names, requantized
@@ -37,9 +37,11 @@ __all__ = [
     "StoredCheckpoint",
     "StoredTensor",
     "TensorReader",
+    "all_finite",
     "check_vocabulary",
     "decode",
     "embedding_name",
+    "encode_finite",
     "encode_rows",
     "expert_place",
     "head_name",

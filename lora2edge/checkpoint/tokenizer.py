@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge.checkpoint.outline import read_outline
+from lora2edge.checkpoint.slow_tokenizer import MOST_TOKENIZER_BYTES, SETTINGS, check_same_tokens
 from lora2edge.checkpoint.source import read_json_file
 from lora2edge.checkpoint.untrusted import read_bounded
 from lora2edge.contracts import TokenizerFiles
@@ -26,8 +27,6 @@ TOKENIZER_GROUP = (
 """Taken from one folder together: ids of one and texts of another would be silently wrong."""
 GENERATION_FILES = ("generation_config.json",)
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-MOST_TOKENIZER_BYTES = 64_000_000
-"""The largest published tokenizer.json, Gemma 3's, has 33 MB."""
 
 _PARSED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", *GENERATION_FILES)
 _TEXTS = ("chat_template.jinja",)
@@ -53,15 +52,22 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 def merge_tokenizer_files(base: TokenizerFiles, adapter_folder: Path) -> TokenizerFiles:
     """The base's files with the adapter's over them: tokenizer as a group, template and generation config singly.
 
+    Of an adapter's tokenizer without tokenizer.json the settings are taken where they carry its template, and all of
+    it where the base has none. Raises AdapterError, code `adapter-tokenizer`, where its tokens are not the base's.
     A template that the winning tokenizer_config.json carries inside drops the base's chat_template.jinja, which
     would win over it otherwise.
     """
     own = tokenizer_files(adapter_folder)
     files = dict(base.files)
-    has_tokenizer = "tokenizer.json" in own
+    group = {name: path for name, path in own.items() if name in TOKENIZER_GROUP}
+    has_tokenizer = "tokenizer.json" in own or files.keys().isdisjoint(TOKENIZER_GROUP)
     if has_tokenizer:
         files = {name: path for name, path in files.items() if name not in TOKENIZER_GROUP}
-        files.update({name: path for name, path in own.items() if name in TOKENIZER_GROUP})
+        files.update(group)
+    elif group:
+        check_same_tokens(group, files, read_tokenizer_file(base, "tokenizer.json"))
+        if has_tokenizer := _carries_template(own.get("tokenizer_config.json")):
+            files.update({name: path for name, path in group.items() if name in SETTINGS})
     has_template = any(name in own for name in TEMPLATE_FILES)
     if has_template or (has_tokenizer and _carries_template(own.get("tokenizer_config.json"))):
         files = {name: path for name, path in files.items() if name not in TEMPLATE_FILES}

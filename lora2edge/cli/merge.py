@@ -37,9 +37,12 @@ def command(out: Path, prove: bool, data: Path | None, force: bool, as_json: boo
     if as_json:
         print_json(result)
         return
-    if merge_base := result.get("merge_base"):
-        from lora2edge.report.words import merge_base_lines
+    from lora2edge.report.words import merge_base_lines, named_base
 
+    for match in result["named_bases"]:
+        if match["same_name"] is False:
+            click.echo(f"note: {named_base(match)}")
+    if merge_base := result.get("merge_base"):
         click.echo("\n".join(merge_base_lines(merge_base)))
     click.echo(f"{out}: {result['tensors']} tensors, {result['adapted']} of them adapted")
     click.echo(f"worst formula error {result['worst_formula_error']:.1e} (relative)")

@@ -136,11 +136,17 @@ def adapter_lines(adapter: Mapping[str, Any]) -> list[str]:
         f"Fits the base: names and shapes of {match['parts']} parts; {vocabulary} in {match['embedding_rows']} rows"
     )
     if match["named"]:
-        revision = f" at {match['named_revision']}" if match["named_revision"] else ""
-        lines.append(f"It was trained on {match['named']}{revision}")
-        if match["same_name"] is False:
-            lines[-1] += f", and {match['given']} has another name: only names and shapes could be compared"
+        lines.append(named_base(match))
     return lines
+
+
+def named_base(match: Mapping[str, Any]) -> str:
+    """What base the adapter names, and whether that can be the one that was given."""
+    revision = f" at {match['named_revision']}" if match["named_revision"] else ""
+    line = f"It was trained on {match['named']}{revision}"
+    if match["same_name"] is False:
+        line += f", and {match['given']} has another name: only names and shapes could be compared"
+    return line
 
 
 def merge_base_lines(found: Mapping[str, Any]) -> list[str]:

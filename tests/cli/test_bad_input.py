@@ -147,6 +147,58 @@ def test_out_not_ours(lora2edge: Run, model: Model, out: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("verb", ["merge", "lower", "build"])
+def test_out_in_a_file(lora2edge: Run, model: Model, tmp_path: Path, verb: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    outcome = run_verb(lora2edge, verb, model, file / "out")
+    refused(outcome, "out-is-file", file / "out")
+    assert f"{file} is a file" in outcome.err
+
+
+@pytest.mark.parametrize("verb", ["merge", "lower", "build"])
+def test_out_that_leads_to_itself(lora2edge: Run, model: Model, tmp_path: Path, verb: str) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    outcome = run_verb(lora2edge, verb, model, loop)
+    assert outcome.code == 2 and "error[bad-out]" in outcome.err and "link" in outcome.err
+
+
+@pytest.mark.parametrize(("verb", "length"), [("merge", 250), ("merge", 300), ("lower", 300), ("build", 300)])
+def test_out_of_a_long_name(lora2edge: Run, model: Model, tmp_path: Path, verb: str, length: int) -> None:
+    outcome = run_verb(lora2edge, verb, model, tmp_path / ("x" * length))
+    assert outcome.code == 2 and "error[bad-out]" in outcome.err and "too long" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def run_verb(run: Run, verb: str, model: Model, out: Path) -> Outcome:
+    more = {"merge": [], "lower": ["--target", "gguf/q8_0"], "build": ["--target", "gguf/q8_0", "--data", model.data]}
+    return run(verb, "--base", model.base, "--adapter", model.adapter, "--out", out, *more[verb])
+
+
+def test_merge_to_a_link(lora2edge: Run, model: Model, tmp_path: Path) -> None:
+    """As of an --out that leads to a larger disk."""
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk)
+    for _ in range(2):
+        assert run_verb(lora2edge, "merge", model, link).code == 0
+    assert link.is_symlink() and (disk / "manifest.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+@pytest.mark.parametrize("verb", ["merge", "lower --target gguf/q8_0"])
+def test_file_larger_than_allowed(model: Model, tmp_path: Path, verb: str) -> None:
+    out = tmp_path / "out"
+    script = (
+        f"ulimit -f 256; {sys.executable} -m lora2edge {verb} --base {model.base} --adapter {model.adapter} --out {out}"
+    )
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "error[file-too-large]" in done.stderr and "Traceback" not in done.stderr
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
 def test_bad_data_line(lora2edge: Run, model: Model, out: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "response": "b"}\n{"question": "c"}\n')

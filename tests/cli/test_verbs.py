@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,23 @@ def test_inspect(lora2edge: Run, model: Model) -> None:
     adapter = json.loads(lora2edge("inspect", model.adapter, "--json").out)
     assert checkpoint["kind"] == "checkpoint" and checkpoint["architecture"] == "Qwen2ForCausalLM"
     assert adapter["kind"] == "adapter" and adapter["rank"] == 4
+
+
+def test_inspect_of_an_adapter_whose_base_is_not_there(lora2edge: Run, model: Model, tmp_path: Path) -> None:
+    outcome = lora2edge("inspect", model.adapter, "--base", tmp_path / "nope")
+    assert outcome.code == 2 and "error[no-checkpoint]" in outcome.err
+    told = lora2edge("inspect", model.adapter, "--base", tmp_path / "nope", "--json")
+    assert told.code == 2 and json.loads(told.out)["error"]["code"] == "no-checkpoint"
+    assert lora2edge("inspect", model.adapter, "--base", model.base).code == 0
+
+
+def test_merge_says_that_the_adapter_names_another_base(lora2edge: Run, model: Model, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model.base, other)
+    said = lora2edge("merge", "--base", other, "--adapter", model.adapter, "--out", tmp_path / "out")
+    assert said.code == 0 and f"trained on {model.base}, and {other} has another name" in said.out
+    same = lora2edge("merge", "--base", model.base, "--adapter", model.adapter, "--out", tmp_path / "out")
+    assert same.code == 0 and "another name" not in same.out
 
 
 def test_merge_proves(lora2edge: Run, model: Model, tmp_path: Path) -> None:

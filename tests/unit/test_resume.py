@@ -262,9 +262,44 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         with pytest.raises(OutputError) as caught, resumable_folder(tmp_path / "out", KEY):
             pass
         assert caught.value.code == "out-busy" and str(tmp_path / "out") in caught.value.what
-        with resumable_folder(tmp_path / "out", "other" + KEY) as work:  # as before: the last one stays
-            (work / "file").write_text("other")
-    assert folder(tmp_path / "out") == {}
+        with pytest.raises(OutputError) as caught, resumable_folder(tmp_path / "out", "other" + KEY):
+            pass
+        assert caught.value.code == "out-busy" and str(tmp_path / "out") in caught.value.what
+    with resumable_folder(tmp_path / "out", "other" + KEY) as work:
+        (work / "file").write_text("other")
+    assert folder(tmp_path) == {"out/file": b"other"}
+
+
+def test_two_merges_into_one_folder(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of different adapters: one is refused while the other writes, and what is there is whole and the other's."""
+    other = make_adapter(tmp_path / "other", made[0], seed=9)
+    code = (
+        "import sys; from pathlib import Path; from lora2edge.journal import resumable_folder\n"
+        "with resumable_folder(Path(sys.argv[1]), 'another'): print('in', flush=True); sys.stdin.read()"
+    )
+    out = tmp_path / "out"
+    writer = subprocess.Popen([sys.executable, "-c", code, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert writer.stdin is not None and writer.stdout is not None
+    assert writer.stdout.readline() == b"in\n"
+    with pytest.raises(OutputError) as caught:
+        lower_here(merge(open_checkpoint(made[0]), [read_adapter(other)]), load_target("hf/merged"), None, out, SILENT)
+    assert caught.value.code == "out-busy"
+    writer.communicate()
+    assert writer.returncode == 0
+    assert folder(out) == {} and sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to("disk/out", target_is_directory=True)
+    for text in ("first", "second"):  # to nowhere, and to a folder
+        with resumable_folder(link, KEY) as work:
+            assert work.is_relative_to(disk)
+            (work / "file").write_text(text)
+        assert folder(disk) == {"out/file": text.encode()}
+        assert link.readlink() == Path("disk/out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
 def test_a_neighbour_with_a_longer_name_is_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -48,6 +49,47 @@ def test_atomic_folder_replaces_what_appeared_meanwhile(tmp_path: Path) -> None:
         (out / "file").write_text("first")
     assert (out / "file").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_that_a_killed_process_put_aside_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    real, out = tmp_path / "real", tmp_path / "out"
+    real.mkdir()
+    (real / "file").write_text("kept")
+    (tmp_path / f".out.{dead.pid}.old").symlink_to(real)
+    out.mkdir()
+    with atomic_folder(out):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "real"]
+    assert (real / "file").read_text() == "kept"
+
+
+def test_folders_replaced_at_once_end_as_one(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lora2edge.storage import atomic_folder\n"
+        "for number in range(60):\n"
+        "    with atomic_folder(Path(sys.argv[1]) / 'out') as folder:\n"
+        "        (folder / 'one').write_text(f'{sys.argv[2]} {number}')\n"
+        "        (folder / 'two').write_text(f'{sys.argv[2]} {number}')\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, tmp_path, name]) for name in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    out = tmp_path / "out"
+    assert (out / "one").read_text() == (out / "two").read_text()
+    assert (out / "one").read_text() in {"a 59", "b 59"}
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("EFBIG", "file-too-large"), ("EIO", "disk-error"), ("ENOSPC", "disk-full"), ("EEXIST", "bad-out")],
+)
+def test_what_a_disk_can_do_is_an_error_of_ours(tmp_path: Path, name: str, code: str) -> None:
+    with pytest.raises(OutputError) as caught, atomic_folder(tmp_path / "out"):
+        raise OSError(getattr(errno, name), "words")
+    assert caught.value.code == code and caught.value.hint
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_alone_in_keeps_a_second_process_out(tmp_path: Path) -> None:

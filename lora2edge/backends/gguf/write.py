@@ -21,7 +21,7 @@ from lora2edge.backends.gguf.container import Metadata, padding, tensor_bytes, w
 from lora2edge.backends.gguf.imatrix import Importance
 from lora2edge.backends.gguf.mix import TYPES, row_bytes
 from lora2edge.backends.gguf.model import Planned
-from lora2edge.backends.slabs import in_order
+from lora2edge.backends.slabs import in_order, not_finite
 from lora2edge.contracts import Checkpoint, Progress
 from lora2edge.errors import CheckpointError
 from lora2edge.journal import GrowingFile, Journal
@@ -37,6 +37,10 @@ SLAB_ELEMENTS = 1 << 20
 """Of one job: 4 MB in float32. Smaller ones cost more Python, larger ones more memory per core."""
 _LARGEST_HALF = 65504.0
 """Block scales are halves: no weight beyond this can be stored but in F32 and BF16."""
+
+
+_LARGEST = {"F32": np.inf, "BF16": float.fromhex("0x1.fefffep+127")}
+"""Where it is not that: a larger float32 rounds to infinity in BF16."""
 
 
 class Quantizer(Protocol):
@@ -136,17 +140,12 @@ def encode(
     """The bytes of `rows` in the type: `[bytes]` uint8. Raises CheckpointError for what the type cannot hold."""
     peak = float(max(rows.max(), -rows.min()))  # NaN and infinity pass through max and min
     if not np.isfinite(peak):
-        raise CheckpointError(
-            "weight-not-finite",
-            f"{tensor.source or tensor.name} holds NaN or infinity",
-            why="the base is damaged, or the merge left the range of float32",
-            hint="download the base again",
-        )
-    if not peak <= (np.inf if type_name in {"F32", "BF16"} else _LARGEST_HALF):
+        raise not_finite(tensor.source or tensor.name)
+    if peak > _LARGEST.get(type_name, _LARGEST_HALF):
         raise CheckpointError(
             "weight-range",
             f"{tensor.source or tensor.name} has the weight {peak}",
-            why=f"{type_name} holds finite values up to {_LARGEST_HALF:g}, F32 and BF16 larger ones",
+            why=f"{type_name} holds finite values up to {_LARGEST.get(type_name, _LARGEST_HALF):g}, F32 larger ones",
         )
     rows = np.ascontiguousarray(rows, np.float32)
     if type_name == "F32":

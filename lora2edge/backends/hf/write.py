@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora2edge.adapters import MergedCheckpoint, written_config
-from lora2edge.backends.slabs import in_order
-from lora2edge.checkpoint import FLOAT_DTYPES, encode_rows, read_ahead, window_bytes
+from lora2edge.backends.slabs import in_order, not_finite
+from lora2edge.checkpoint import FLOAT_DTYPES, all_finite, encode_finite, read_ahead, window_bytes
 from lora2edge.contracts import Checkpoint, Progress, StoredBytes, TensorInfo
 from lora2edge.errors import CheckpointError
 from lora2edge.journal import STAGED_BYTES, GrowingFile, Journal
@@ -31,8 +31,6 @@ _BYTES_IN_WORK = 14
 """Of one element: as read, in float32, its delta, rounded."""
 _WAITING, _WIDEST = 3, 4
 """Rounded slabs per thread that wait to be written, and the bytes of an element there (F64 is seldom)."""
-_INFINITIES = {"BF16": (2, 0x7F80), "F16": (2, 0x7C00), "F32": (4, 0x7F80_0000), "F64": (8, 0x7FF0 << 48)}
-"""Stored dtype → bytes of a word, and infinity as an integer."""
 
 
 def write_checkpoint(view: Checkpoint, out: Path, progress: Progress, shard_bytes: int = SHARD_BYTES) -> None:
@@ -42,7 +40,8 @@ def write_checkpoint(view: Checkpoint, out: Path, progress: Progress, shard_byte
 
     Unchanged tensors are copied as bytes; changed ones are computed in float32 and rounded once to their stored
     dtype. Above `shard_bytes` of weights there are several files and an index. Equal views give equal bytes.
-    Raises CheckpointError where a float16 overflows, ProofError from the view's formula check, OSError from the disk.
+    Raises CheckpointError for what is not finite or overflows a float16, ProofError from the view's formula check,
+    OSError from the disk.
     """
     shards = _plan(view, shard_bytes)
     progress.start("write the merged checkpoint", sum(shard.data_bytes for shard in shards), "bytes")
@@ -171,14 +170,17 @@ def _make(view: Checkpoint, piece: _Piece) -> memoryview:
     if piece.copied is not None:
         return _copy(piece.info, piece.copied)
     info, start, stop = piece.info, piece.start, piece.stop
-    rounded = encode_rows(view.rows(info.name, start, stop), info.dtype)
-    if info.dtype == "F16" and not np.isfinite(rounded).all():
+    rows = view.rows(info.name, start, stop)
+    rounded, finite = encode_finite(rows, info.dtype)
+    if not finite and info.dtype == "F16" and np.isfinite(rows).all():
         raise CheckpointError(
             "float16-overflow",
             f"{info.name} does not fit into float16 after the merge",
             why=f"a value in rows {start} to {stop - 1} is above 65504",
             hint="save the base in bfloat16 and merge on that",
         )
+    if not finite:
+        raise not_finite(info.name)
     return _bytes(rounded)
 
 
@@ -210,16 +212,8 @@ def _read(part: StoredBytes, data: NDArray[np.uint8]) -> None:
 
 
 def _require_finite(info: TensorInfo, data: NDArray[np.uint8]) -> None:
-    """Raises CheckpointError where the stored floats hold NaN or infinity: all bits of the exponent are set.
-
-    As an unsigned number such a word of negative sign is the largest, as a signed one such a word of positive sign.
-    """
-    if info.dtype not in _INFINITIES:
-        return
-    width, positive = _INFINITIES[info.dtype]
-    words = data.view(f"<i{width}")
-    negative = positive | 1 << 8 * width - 1
-    if words.max(initial=0) >= positive or words.view(f"<u{width}").max(initial=0) >= negative:
+    """Raises CheckpointError where the stored floats hold NaN or infinity."""
+    if info.dtype in FLOAT_DTYPES and not all_finite(data, info.dtype):
         raise CheckpointError(
             "base-nan",
             f"base tensor {info.name} holds NaN or infinity",

@@ -31,6 +31,11 @@ _METHODS: dict[str, tuple[_Find, tuple[str, ...]]] = {
 _KEYS = ("quantization_config", "compression_config")
 _BUFFERS = ("BOOL", "I64")
 """What plain checkpoints have besides floats: position ids and masks."""
+_PLAIN = (*_BUFFERS, "U8", "I32")
+"""Old GPT-2 files have masks of bytes, others positions of 32 bits."""
+_PARTS = (*bnb.AUXILIARY, "qweight", "qzeros", "g_idx", "weight_packed", "weight_zero_point")
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2")
+_MODELOPT = "hf_quant_config.json"
 
 
 class DequantizedReader:
@@ -74,11 +79,13 @@ def dequantized(
     """Config without its quantization, and a reader of the weights that the checkpoint stands for.
 
     Reads headers and a few hundred bytes per weight. A plain checkpoint is returned as it is. Raises CheckpointError:
-    `quantized-base` for a method or format that is not known, `damaged-quantization` where stored parts do not fit.
+    `quantized-base` for a method or format that is not known or not named, `damaged-quantization` where stored parts
+    do not fit.
     """
     plain = {key: value for key, value in config.items() if key not in _KEYS}
     settings = next((config[key] for key in _KEYS if config.get(key)), None)
     if settings is None:
+        _refuse_unsaid(reader)
         return dict(config), reader
     if not isinstance(settings, dict):
         raise unsupported("an unknown method", f"quantization_config is a {type(settings).__name__}, not an object")
@@ -96,6 +103,28 @@ def dequantized(
             hint='remove "quantization_config" from config.json where the weights are meant to be plain',
         )
     return plain, DequantizedReader(reader, weights, _hidden(reader, weights, auxiliary))
+
+
+def _refuse_unsaid(reader: TensorReader) -> None:
+    """Raises CheckpointError where a checkpoint without settings is quantized after all: it would pass for plain."""
+    why = ""
+    for name, info in reader.tensors.items():
+        last = name.rpartition(".")[2]
+        codes = info.dtype not in FLOAT_DTYPES and (last == "weight" or info.dtype not in _PLAIN)
+        if codes or last in _PARTS or last.endswith(_SCALES):
+            why = f"it stores {name!r} as {info.dtype} {list(info.shape)}"
+            break
+    hint = "give the 16-bit checkpoint that it was made from with --base, or one whose config.json says how"
+    if not why and (reader.folder / _MODELOPT).exists():
+        why = f"{_MODELOPT} is there: NVIDIA ModelOpt quantized it"
+        hint += f"; where the weights are plain, remove {_MODELOPT}"
+    if why:
+        raise CheckpointError(
+            "quantized-base",
+            "the base is quantized, and its config.json has no quantization_config",
+            why=f"{why}; how codes become weights is not said",
+            hint=hint,
+        )
 
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,9 +8,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora2edge.adapters import merge, read_adapter
 from lora2edge.backends.hf import write
 from lora2edge.backends.hf.write import write_checkpoint
-from lora2edge.checkpoint import open_checkpoint
+from lora2edge.checkpoint import all_finite, encode_finite, open_checkpoint
 from lora2edge.contracts import Checkpoint
 from lora2edge.errors import CheckpointError
 from lora2edge.progress import SILENT
 from lora2edge.recipe import Recipe
 from lora2edge.survey import survey_build
 from lora2edge.target import load_target
-from tests.tiny import make_adapter, make_checkpoint
+from tests.tiny import make_adapter, make_checkpoint, shake_adapter
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +143,6 @@ def test_mixed_dtypes_keep_their_alignment(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_nan_in_an_unchanged_tensor_is_not_copied(tmp_path: Path, dtype: str, value: float) -> None:
-    from safetensors.torch import save_file
-
     base = make_checkpoint(tmp_path / "base", "qwen2", dtype=dtype)
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][3] = value
@@ -152,6 +152,70 @@ def test_nan_in_an_unchanged_tensor_is_not_copied(tmp_path: Path, dtype: str, va
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight") as error:
         write_checkpoint(merge(open_checkpoint(base), [read_adapter(adapter)]), tmp_path / "out", SILENT)
     assert error.value.code == "base-nan"
+
+
+def spoiled(folder: Path, dtype: str, spoil: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A base some of whose weights are not finite, or zero."""
+    base = make_checkpoint(folder, "llama", dtype=dtype, tied=False)
+    tensors = load_file(base / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    return base
+
+
+def trained(folder: Path, base: Path, config: peft.PeftConfig) -> Path:
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    shake_adapter(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+DORA_HEAD = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"], use_dora=True)
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("config", "name", "row", "value"),
+    [
+        (peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]), Q_PROJ, 3, "nan"),
+        (peft.LoHaConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"]), Q_PROJ, 3, "-inf"),
+        (
+            peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["k_proj"], trainable_token_indices=[3]),
+            "model.embed_tokens.weight", 9, "inf",
+        ),
+        (DORA_HEAD, "lm_head.weight", slice(760, None), "0"),
+    ],
+)  # fmt: skip
+def test_nan_in_a_changed_tensor_is_not_written(
+    tmp_path: Path, config: peft.PeftConfig, name: str, row: int | slice, value: str, dtype: str
+) -> None:
+    base = spoiled(tmp_path / "base", dtype, lambda tensors: tensors[name][row].fill_(float(value)))
+    adapter = trained(tmp_path / "adapter", base, config)
+    if config is DORA_HEAD:  # B stays zero where the vocabulary is padded: 0/0
+        path = adapter / "adapter_model.safetensors"
+        tensors = load_file(path)
+        next(tensor for key, tensor in tensors.items() if "lora_B" in key)[760:] = 0
+        next(tensor for key, tensor in tensors.items() if "magnitude" in key)[760:] = 0
+        save_file(tensors, path, {"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError) as error:
+        write_checkpoint(merge(open_checkpoint(base), [read_adapter(adapter)]), tmp_path / "out", SILENT)
+    assert error.value.code == "weight-not-finite" and name in error.value.what
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+def test_what_is_finite_when_rounded(dtype: str) -> None:
+    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
+    bits = [0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
+    bits += [0x477FE000, 0x477FEFFF, 0x477FF000, 0, 1, 0x3F800000]  # 65504 and where float16 begins to overflow
+    for word in (*bits, *(word | 1 << 31 for word in bits)):
+        rows = np.array([[1.0, 0.0], [-2.0, 0.0]], np.float32)
+        rows.view(np.uint32)[1, 1] = word
+        rounded, finite = encode_finite(rows, dtype)
+        theirs = torch.from_numpy(rows).to(kind)
+        assert finite == bool(theirs.isfinite().all()), hex(word)
+        assert all_finite(rounded.reshape(-1).view(np.uint8), dtype) == finite
 
 
 def test_full_disk_reaches_the_caller(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

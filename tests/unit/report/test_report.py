@@ -290,9 +290,9 @@ def test_a_disk_error_names_the_file(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "report.json").mkdir()  # a folder stands where the file should go
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OutputError) as caught:
         write_report(sample_report(), folder)
-    assert isinstance(caught.value, OutputError) or "report.json" in str(caught.value)
+    assert caught.value.code == "bad-out" and "report.json" in caught.value.what
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])

@@ -150,7 +150,7 @@ def test_a_tied_head_that_differs_is_refused(base: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out" / "model.gguf").exists()
 
 
-@pytest.mark.parametrize(("value", "precision"), [(np.nan, "q8_0"), (np.inf, "f32"), (1e6, "q4_0")])
+@pytest.mark.parametrize(("value", "precision"), [(np.nan, "q8_0"), (np.inf, "f32"), (1e6, "q4_0"), (3.4e38, "bf16")])
 def test_a_weight_that_cannot_be_held_is_named(base: Path, value: float, precision: str, tmp_path: Path) -> None:
     class Damaged:
         def __init__(self) -> None:
