@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds.lora import LowRank, TokenRows
+from lora2edge.adapters.kinds.lora import LowRank
+from lora2edge.adapters.kinds.tokens import TokenRows, TokensBelow
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter
-from lora2edge.checkpoint import TensorReader, embedding_name, head_name
+from lora2edge.checkpoint import TensorReader, embedding_name, head_name, says_tied
 from lora2edge.contracts import Base, Task, TensorInfo
 from lora2edge.errors import AdapterError
 
@@ -98,7 +99,7 @@ class Ends:
 
 
 def find_ends(base: Base, task: Task) -> Ends:
-    """Tied as transformers 5 has it: two stored copies are tied only where config.json says so and they are equal."""
+    """Tied as transformers 5 has it: two stored copies where config.json or its class says so and they are equal."""
     embedding, head = embedding_name(base.tensors), head_name(base.tensors)
     label = head or _HEAD_OF.get(str(base.config.get("model_type")), "lm_head.weight")
     if embedding is None or task not in _GENERATING:
@@ -107,7 +108,7 @@ def find_ends(base: Base, task: Task) -> Ends:
         )
     inputs: tuple[str, ...] = (embedding,)
     others: tuple[str, ...] = (label,)
-    said = base.config.get("tie_word_embeddings") is True
+    said = says_tied(base.config) is True
     if task == "seq2seq-lm":  # T5: always tied, whatever config.json says
         inputs, others, said = _STACKS, (*_STACKS, label), True
     unstored = frozenset(name for name in others if name not in base.tensors)
@@ -147,7 +148,7 @@ def settle_tie(base: Base, adapter: Adapter, ends: Ends, changes: dict[str, Chan
     _spread_tokens(ends, changes)
     root = ends.embedding
     if not ends.tied or root is None:
-        said_tied = ends.head not in ends.unstored and base.config.get("tie_word_embeddings") is True
+        said_tied = ends.head not in ends.unstored and says_tied(base.config) is True
         return Placement(changes, config=_untied(base) if said_tied and ends.is_output else {})
     uses = (root, *ends.tied) if ends.is_called else ends.tied
     first = changes.get(uses[0])
@@ -197,9 +198,22 @@ def _spread_tokens(ends: Ends, changes: dict[str, Change]) -> None:
     if change is None or not isinstance(change.part, TokenRows):
         return
     for name in ends.follow:
-        if name in changes and not ends.is_called:
+        own = changes.get(name)
+        if own is None:
+            changes[name] = replace(change, source=ends.source(name))
+        elif own.part is not None and not isinstance(own.part, TokenRows):
+            changes[name] = replace(own, part=_over_tokens(ends, name, change.part, own))
+        elif not ends.is_called:
             raise ambiguous(f"{ends.embedding} has trained tokens, and {name} is changed as well")
-        changes.setdefault(name, replace(change, source=ends.source(name)))
+
+
+def _over_tokens(ends: Ends, name: str, tokens: TokenRows, own: Change) -> TokensBelow:
+    """Raises AdapterError for what is not simply added to the weight that the trained tokens are a part of."""
+    part = own.part
+    plain = isinstance(part, LowRank) and part.magnitude is None and part.start is None
+    if part is None or not plain or own.whole is not None or own.transposed or not ends.is_called:
+        raise ambiguous(f"{ends.embedding} has trained tokens, and {name} is changed as well")
+    return TokensBelow(tokens, part)
 
 
 def _untied(base: Base) -> dict[str, Any]:

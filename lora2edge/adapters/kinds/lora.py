@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds.common import COMMON_KEYS, RESTORE, pattern_value, whole
+from lora2edge.adapters.kinds.common import COMMON_KEYS, RESTORE, other_shape, pattern_value, whole
 from lora2edge.adapters.kinds.starts import OLORA, PISSA, find_start
+from lora2edge.adapters.kinds.tokens import TokenRows
 from lora2edge.adapters.parts import Part, Update
 from lora2edge.checkpoint import TensorReader
 from lora2edge.errors import AdapterError
@@ -251,37 +252,10 @@ class AddedBias:
         return (self.tensor,)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        return _wanted(self, self.reader.tensors[self.tensor].shape, shape)
+        return other_shape(self, self.reader.tensors[self.tensor].shape, shape)
 
     def load(self) -> Update:
         return _Addition(whole(self.reader, self.tensor) * np.float32(self.scale))
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRows:
-    """`trainable_token_indices`: some rows of an embedding, trained whole."""
-
-    module: str
-    reader: TensorReader
-    tensor: str
-    indices: tuple[int, ...]
-
-    @property
-    def parameter(self) -> str:
-        return "weight"
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        return (self.tensor,)
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        beyond = [index for index in self.indices if index >= shape[0]]
-        if beyond:
-            return f"{self.module} has {shape[0]} rows, token {beyond[0]} was trained"
-        return _wanted(self, self.reader.tensors[self.tensor].shape, (len(self.indices), *shape[1:]))
-
-    def load(self) -> Update:
-        return _Replacement(np.asarray(self.indices), whole(self.reader, self.tensor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,19 +264,6 @@ class _Addition:
 
     def apply(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
         rows += self.values[start:stop]
-        return rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Replacement:
-    indices: Any
-    """`[n]` int64."""
-    values: FloatArray
-    """`[n, H]`."""
-
-    def apply(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
-        inside = (start <= self.indices) & (self.indices < stop)
-        rows[self.indices[inside] - start] = self.values[inside]
         return rows
 
 
@@ -450,9 +411,3 @@ def _token_rows(config: Mapping[str, Any], reader: TensorReader, module: str, na
             hint="restore the adapter_config.json that was saved with these weights",
         )
     return TokenRows(module, reader, name, tuple(ids))
-
-
-def _wanted(part: AddedBias | TokenRows, has: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
-    if has == wanted:
-        return None
-    return f"{part.module}.{part.parameter} is {list(has)} in the adapter, {list(wanted)} in the base"
