@@ -32,6 +32,7 @@ KEYS = COMMON_KEYS | {
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 _BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
+_EXPERTS, _ROUTER = ".experts", ".gate"
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 
@@ -311,7 +312,7 @@ def _pair(
             why=f"the file holds {present} only",
             hint="the save was cut short: save the adapter again",
         )
-    rank, scale = _scale(config, module)
+    rank, scale = _scale(config, f"{module}.weight" if _is_router(config, module) else module)
     a, b = reader.tensors[found["A"]], reader.tensors[found["B"]]
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterError(
@@ -356,10 +357,19 @@ def _start(config: Mapping[str, Any]) -> str | None:
 
 
 def _holds_experts(config: Mapping[str, Any], module: str) -> bool:
-    """Whether target_parameters names a parameter of the module."""
+    """Whether target_parameters names a parameter of the module, perhaps by its bare name, as PEFT 0.21 writes it for
+    target_modules that are layers of experts. A router's weight is a matrix like any linear layer's."""
     path = module.replace(".base_layer", "")
-    owners = (str(target).rpartition(".")[0] for target in config.get("target_parameters") or [])
-    return any(owner and f".{path}".endswith(f".{owner}") for owner in owners)
+    owners = {str(target).rpartition(".")[0] for target in config.get("target_parameters") or []}
+    if _is_router(config, path):
+        return False
+    return any(f".{path}".endswith(f".{owner}" if owner else _EXPERTS) for owner in owners)
+
+
+def _is_router(config: Mapping[str, Any], module: str) -> bool:
+    """Whether target_parameters names the module's weight, and it is the one that PEFT names for all-linear."""
+    targets = config.get("target_parameters") or []
+    return module.endswith(_ROUTER) and any(f".{module}.weight".endswith(f".{target}") for target in targets)
 
 
 def _stack(config: Mapping[str, Any], reader: TensorReader, wrapped: str, found: Mapping[str, str]) -> ExpertStack:
