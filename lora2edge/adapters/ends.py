@@ -199,21 +199,20 @@ def _spread_tokens(ends: Ends, changes: dict[str, Change]) -> None:
         return
     for name in ends.follow:
         own = changes.get(name)
-        if own is None:
+        if own is None or (ends.is_called and own.part is None and own.whole == change.whole):
             changes[name] = replace(change, source=ends.source(name))
-        elif own.part is not None and not isinstance(own.part, TokenRows):
-            changes[name] = replace(own, part=_over_tokens(ends, name, change.part, own))
-        elif not ends.is_called:
-            raise ambiguous(f"{ends.embedding} has trained tokens, and {name} is changed as well")
+        elif not ends.is_called or not isinstance(own.part, TokenRows):
+            changes[name] = replace(own, part=_over_tokens(ends, name, change, own))
 
 
-def _over_tokens(ends: Ends, name: str, tokens: TokenRows, own: Change) -> TokensBelow:
+def _over_tokens(ends: Ends, name: str, below: Change, own: Change) -> TokensBelow:
     """Raises AdapterError for what is not simply added to the weight that the trained tokens are a part of."""
-    part = own.part
-    plain = isinstance(part, LowRank) and part.magnitude is None and part.start is None
-    if part is None or not plain or own.whole is not None or own.transposed or not ends.is_called:
-        raise ambiguous(f"{ends.embedding} has trained tokens, and {name} is changed as well")
-    return TokensBelow(tokens, part)
+    tokens, part = below.part, own.part
+    if isinstance(tokens, TokenRows) and isinstance(part, LowRank) and ends.is_called:
+        is_plain = part.magnitude is None and part.start is None
+        if is_plain and not own.transposed and own.whole == below.whole:
+            return TokensBelow(tokens, part)
+    raise ambiguous(f"{ends.embedding} has trained tokens, and {name} is changed as well")
 
 
 def _untied(base: Base) -> dict[str, Any]:

@@ -33,10 +33,15 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BESIDE = "base_model.vera_"
 """VeRA's shared matrices lie beside the model."""
-_ENDS = ("embed_tokens.weight", "wte.weight", "shared.weight", "lm_head.weight")
+_ENDS = (
+    "embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "embed_in.weight",
+    "lm_head.weight", "embed_out.weight",
+)  # fmt: skip
 """Embeddings and heads, which PEFT saves along where the vocabulary was resized or they were adapted."""
 _AGAIN = (r"\.(original_module|modules_to_save)\.", r"\.modules_to_save\.[^.]+\.")
 """What `bias: all` puts into the name of a bias of a module that is saved whole: PEFT loads it by its plain name."""
+_UNDER_TOKENS = ".token_adapter.base_layer."
+"""What trainable_token_indices puts into the name of the weight that has the tokens."""
 _ROWS_AT_ONCE = 1 << 20
 """Elements looked at together when searching for NaN."""
 
@@ -172,9 +177,10 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
     saved_modules = config.get("modules_to_save") or []
     biases = config.get("bias") not in (None, "none")
     endings = (*_ENDS, ".bias") if config.get("bias") == "all" else _ENDS
-    for path, name in paths.items():
+    for live, name in paths.items():
         if name in used:
             continue
+        path = live.replace(_UNDER_TOKENS, ".")
         if biases and path.endswith(".bias") and _is_saved_plainly(path, paths):
             continue
         if path.endswith(".base_layer.weight") or (biases and path.endswith(".base_layer.bias")):

@@ -406,10 +406,12 @@ def _scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
 
 
 def _token_rows(config: Mapping[str, Any], reader: TensorReader, module: str, name: str) -> TokenRows:
-    """A list belongs to the input embedding, an object names modules by the end of their path."""
+    """A list belongs to the input embedding, an object names modules by the end of their path; what is tied to the one
+    that it names has the same tokens."""
     stored = config.get("trainable_token_indices")
     if isinstance(stored, dict):
-        stored = next((indices for end, indices in stored.items() if f".{module}".endswith(f".{end}")), None)
+        only = next(iter(stored.values())) if len(stored) == 1 else None
+        stored = next((indices for end, indices in stored.items() if f".{module}".endswith(f".{end}")), only)
     count = reader.tensors[name].shape[0] if reader.tensors[name].shape else 0
     ids = stored if isinstance(stored, list) else []
     numbers = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids)

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from lora2edge.adapters import merge, read_adapter
 from lora2edge.adapters.heads import LAYOUTS
+from lora2edge.backends.hf.write import write_checkpoint
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.checkpoint.tying import TIED, UNTIED, says_tied
 from lora2edge.errors import AdapterError, CheckpointError
-from tests.architectures import ARCHITECTURES
-from tests.tiny import make_adapter, make_checkpoint
+from lora2edge.progress import SILENT
+from tests.architectures import ARCHITECTURES, make_model
+from tests.tiny import make_adapter, make_checkpoint, shake_adapter
 from tests.unit.adapters.test_merge import assert_same_as_live
 
 TOKENS = [3, 5, 99, 300]
+ALONG = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embeddings.weight",
+    "embed_in.weight",
+    "shared.weight",
+    "base_layer.weight",
+    "lm_head.weight",
+)
 
 
 def edit_base(base: Path, *without: str, head: str = "") -> Path:
@@ -117,3 +130,57 @@ def test_a_head_that_is_nowhere(arch: str, tmp_path: Path) -> None:
         open_checkpoint(base)
     assert error.value.code == "missing-tensor"
     assert f"false for {arch}" in error.value.why
+
+
+SAVED_ALONG = ["llama", "qwen2", "gpt2", "gpt_neox", "bert", "roberta", "deberta-v2", "t5"]
+IDS = torch.tensor([[5, 30, 77, 40, 12, 9, 60, 33, 3, 41, 150, 7]])
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS[:, :7]} if model.config.is_encoder_decoder else {})}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["as-in-the-base", "changed"])
+@pytest.mark.parametrize("tokens", [False, True], ids=["plain", "tokens"])
+@pytest.mark.parametrize("name", SAVED_ALONG)
+def test_embeddings_that_were_saved_along(name: str, tokens: bool, changed: bool, tmp_path: Path) -> None:
+    """`save_embedding_layers=True`: PEFT loads what the file holds, whatever the base has."""
+    architecture = ARCHITECTURES[name]
+    model = make_model(architecture, tmp_path / "base")
+    layers = list(architecture.layers)
+    if tokens and name == "t5":
+        pytest.skip("T5's tokens are trained on a module that lends its weight: tests/unit/adapters/test_tasks.py")
+    indices = {architecture.embedding: TOKENS} if tokens else None
+    config = LoraConfig(r=4, task_type=architecture.task, target_modules=layers, trainable_token_indices=indices)
+    peft_model = get_peft_model(copy.deepcopy(model), config)
+    shake_adapter(peft_model, 0.3)
+    peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    if changed:
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        weights = load_file(file)
+        embeddings = [
+            key for key in weights if key.endswith(ALONG) and weights[key].shape[0] == model.config.vocab_size
+        ]
+        assert embeddings
+        save_file({key: weights[key] * (1.5 if key in embeddings else 1) for key in weights}, file)
+    live = logits_of(PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter"))
+    view = merge(open_checkpoint(tmp_path / "base"), [read_adapter(tmp_path / "adapter")])
+    (tmp_path / "out").mkdir()
+    write_checkpoint(view, tmp_path / "out", SILENT)
+    merged = logits_of(type(model).from_pretrained(tmp_path / "out", dtype=torch.float32))
+    assert (live - logits_of(model)).abs().max() > 1e-3 * live.abs().max(), "the adapter does nothing"
+    assert (live - merged).abs().max() <= 1e-5 * live.abs().max()
+
+
+def test_tokens_of_a_tied_weight_that_was_saved_along(tmp_path: Path) -> None:
+    """The file says once what the one weight is, and once which of its rows were trained: both ends have both."""
+    base = make_checkpoint(tmp_path / "base", "qwen2", dtype="float32", tied=True)
+    adapter = make_adapter(tmp_path / "adapter", base, trainable_token_indices=TOKENS)
+    file = adapter / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.token_adapter.base_layer.weight"
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    save_file({**load_file(file), name: embedding * 1.5}, file)
+    view = assert_same_as_live(base, adapter, tmp_path / "out")
+    assert "lm_head.weight" not in view.tensors
