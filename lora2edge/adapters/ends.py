@@ -158,7 +158,7 @@ def settle_tie(base: Base, adapter: Adapter, ends: Ends, changes: dict[str, Chan
             if first and name not in ends.unstored:
                 changes[name] = replace(first, source=name)
         return Placement(changes)
-    if adapter.config.get("ensure_weight_tying"):
+    if adapter.config.get("ensure_weight_tying") and not all(_same_pair(first, changes.get(name)) for name in uses[1:]):
         raise ambiguous("ensure_weight_tying is set, and it changes embedding and head differently")
     if not ends.is_called:
         changes.pop(root, None)
@@ -225,14 +225,18 @@ def _untied(base: Base) -> dict[str, Any]:
     return config
 
 
+def _same_pair(one: Change | None, other: Change | None) -> bool:
+    """Whether both are the one pair that PEFT shares; each end has a scale of its own, and DoRA's lengths."""
+    if one is None or other is None or not isinstance(one.part, LowRank) or not isinstance(other.part, LowRank):
+        return False
+    return _same_whole(one, other) and _same_factors(one.part, other.part, one.adapter.reader)
+
+
 def _same_change(one: Change | None, other: Change | None) -> bool:
     if one is None or other is None:
         return one is other
     reader = one.adapter.reader
-    if one.whole is None or other.whole is None:
-        if one.whole is not other.whole:
-            return False
-    elif not equal(reader, one.whole.name, reader, other.whole.name):
+    if not _same_whole(one, other):
         return False
     mine, theirs = one.part, other.part
     if isinstance(mine, TokenRows) and isinstance(theirs, TokenRows):
@@ -241,6 +245,16 @@ def _same_change(one: Change | None, other: Change | None) -> bool:
         return mine is theirs
     if (mine.rank, mine.scale, mine.magnitude) != (theirs.rank, theirs.scale, theirs.magnitude):
         return False
+    return _same_factors(mine, theirs, reader)
+
+
+def _same_whole(one: Change, other: Change) -> bool:
+    if one.whole is None or other.whole is None:
+        return one.whole is other.whole
+    return equal(one.whole.reader, one.whole.name, other.whole.reader, other.whole.name)
+
+
+def _same_factors(mine: LowRank, theirs: LowRank, reader: TensorReader) -> bool:
     if mine.embedding == theirs.embedding:
         return equal(reader, mine.a, reader, theirs.a) and equal(reader, mine.b, reader, theirs.b)
     return all(

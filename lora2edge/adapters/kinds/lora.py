@@ -33,6 +33,7 @@ _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 _BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
 _EXPERTS, _ROUTER = ".experts", ".gate"
+_HEADS = ("lm_head", "embed_out")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 
@@ -322,6 +323,8 @@ def _pair(
             "they are not gathered first",
             hint="gather the weights, then save the adapter again",
         )
+    if a.shape[0] == b.shape[1] and config.get("ensure_weight_tying") and module.endswith(_HEADS):
+        rank = a.shape[0]  # the embedding's pair is the head's; its scale is that of the head's own rank and alpha
     if not a.shape[0] == b.shape[1] == rank:
         raise AdapterError(
             "adapter-rank",
@@ -406,11 +409,11 @@ def _scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
 
 
 def _token_rows(config: Mapping[str, Any], reader: TensorReader, module: str, name: str) -> TokenRows:
-    """A list belongs to the input embedding, an object names modules by the end of their path; what is tied to the one
-    that it names has the same tokens."""
+    """A list belongs to the input embedding, an object names modules by the end of their path; a head that it does not
+    name was saved because it is tied to the one that it names."""
     stored = config.get("trainable_token_indices")
     if isinstance(stored, dict):
-        only = next(iter(stored.values())) if len(stored) == 1 else None
+        only = next(iter(stored.values())) if len(stored) == 1 and module.endswith(_HEADS) else None
         stored = next((indices for end, indices in stored.items() if f".{module}".endswith(f".{end}")), only)
     count = reader.tensors[name].shape[0] if reader.tensors[name].shape else 0
     ids = stored if isinstance(stored, list) else []

@@ -184,3 +184,24 @@ def test_tokens_of_a_tied_weight_that_was_saved_along(tmp_path: Path) -> None:
     save_file({**load_file(file), name: embedding * 1.5}, file)
     view = assert_same_as_live(base, adapter, tmp_path / "out")
     assert "lm_head.weight" not in view.tensors
+
+
+TYING: list[dict[str, Any]] = [
+    {"targets": ["q_proj", "embed_tokens"], "rank_pattern": {"embed_tokens": 2}},
+    {"targets": ["q_proj", "embed_tokens"], "rank_pattern": {"embed_tokens": 2, "lm_head": 2}},
+    {"targets": ["q_proj", "embed_tokens"], "rank_pattern": {"embed_tokens": 2}, "use_rslora": True},
+    {"targets": ["q_proj", "embed_tokens"], "rank_pattern": {"lm_head": 2}},
+    {"targets": ["q_proj", "embed_tokens"], "alpha_pattern": {"embed_tokens": 3}},
+    {"targets": ["q_proj", "lm_head"], "rank_pattern": {"lm_head": 2}},
+    {"targets": ["q_proj", "lm_head", "embed_tokens"], "alpha_pattern": {"lm_head": 3}},
+    {"targets": ["q_proj", "embed_tokens"], "use_dora": True},
+]
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("settings", TYING, ids=str)
+def test_one_pair_for_both_ends(settings: dict[str, Any], arch: str, tmp_path: Path) -> None:
+    """`ensure_weight_tying`: PEFT shares the factors and goes by the patterns of each end for its scale."""
+    base = make_checkpoint(tmp_path / "base", arch, dtype="float32", tied=True)
+    adapter = make_adapter(tmp_path / "adapter", base, ensure_weight_tying=True, strength=0.3, **settings)
+    assert_same_as_live(base, adapter, tmp_path / "out")
