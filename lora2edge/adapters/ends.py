@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +36,23 @@ class WholeTensor:
 
     reader: TensorReader
     name: str
+    expert: int | None = None
+    """Where the tensor is a stack of experts' matrices: which of them, and which of its rows."""
+    first_row: int = 0
+    row_count: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.reader.tensors[self.name].shape
+        return shape if self.expert is None else (self.row_count, *shape[2:])
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        if self.expert is None:
+            return self.reader.rows(self.name, start, stop)
+        rows = self.reader.rows(self.name, self.expert, self.expert + 1)[
+            0, self.first_row : self.first_row + self.row_count
+        ]
+        return rows[start:stop].copy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +192,19 @@ def settle_tie(base: Base, adapter: Adapter, ends: Ends, changes: dict[str, Chan
 def equal(one: Base | TensorReader, name: str, other: Base | TensorReader, other_name: str) -> bool:
     """Whether two tensors hold the same values, read slab by slab up to the first difference."""
     shape = one.tensors[name].shape
-    if shape != other.tensors[other_name].shape:
-        return False
+    return shape == other.tensors[other_name].shape and same_rows(
+        shape, partial(one.rows, name), partial(other.rows, other_name)
+    )
+
+
+def same_rows(
+    shape: tuple[int, ...], one: Callable[[int, int], FloatArray], other: Callable[[int, int], FloatArray]
+) -> bool:
+    """The same of what two functions of start and stop give."""
     rows = shape[0] if shape else 1
-    step = max(1, _COMPARED_AT_ONCE * rows // max(one.tensors[name].size, 1))
+    step = max(1, _COMPARED_AT_ONCE * rows // max(math.prod(shape), 1))
     return all(
-        np.array_equal(one.rows(name, at, min(at + step, rows)), other.rows(other_name, at, min(at + step, rows)))
-        for at in range(0, rows, step)
+        np.array_equal(one(at, min(at + step, rows)), other(at, min(at + step, rows))) for at in range(0, rows, step)
     )
 
 
@@ -251,7 +276,7 @@ def _same_change(one: Change | None, other: Change | None) -> bool:
 def _same_whole(one: Change, other: Change) -> bool:
     if one.whole is None or other.whole is None:
         return one.whole is other.whole
-    return equal(one.whole.reader, one.whole.name, other.whole.reader, other.whole.name)
+    return one.whole.shape == other.whole.shape and same_rows(one.whole.shape, one.whole.rows, other.whole.rows)
 
 
 def _same_factors(mine: LowRank, theirs: LowRank, reader: TensorReader) -> bool:

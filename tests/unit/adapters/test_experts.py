@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,30 @@ def test_the_patterns_are_needed(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {}}))
     with pytest.raises(AdapterError):
         merge(open_checkpoint(base), [read_adapter(adapter)])
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("entries", [["mlp"], ["experts"], ["mlp", "lm_head"]], ids=str)
+def test_experts_that_were_trained_whole(arch: str, entries: list[str], tmp_path: Path) -> None:
+    """modules_to_save holds a layer's experts as one tensor; the base has a matrix for each."""
+    base, adapter = make(tmp_path, arch, target_modules=["v_proj"], modules_to_save=entries)
+    assert_same_as_live(base, adapter, tmp_path / "out")
+    view = merge(open_checkpoint(base), [read_adapter(adapter)])
+    name = next(name for name in view.tensors if "experts.1" in name)
+    rows = view.tensors[name].shape[0]
+    whole = view.rows(name, 0, rows)
+    assert (view.rows(name, 3, 7) == whole[3:7]).all()
+    assert view.account()["adapter"]["equal"] == []
+    assert name in view.account()["base"]["replaced"]
+
+
+def test_experts_that_were_trained_whole_on_another_base(tmp_path: Path) -> None:
+    _, adapter = make(tmp_path, "mixtral", target_modules=["v_proj"], modules_to_save=["mlp"])
+    architecture = dataclasses.replace(
+        ARCHITECTURES["mixtral"], settings={**ARCHITECTURES["mixtral"].settings, "num_local_experts": 2}
+    )
+    make_model(architecture, tmp_path / "other")
+    with pytest.raises(AdapterError) as error:
+        merge(open_checkpoint(tmp_path / "other"), [read_adapter(adapter)])
+    assert error.value.code == "adapter-other-base"
+    assert "[4, 96, 32] in the adapter, [2, 96, 32] in the base" in error.value.why
