@@ -14,6 +14,7 @@ from lora2edge.adapters.ends import (
     WholeTensor,
     ambiguous,
     check_called,
+    equal,
     find_ends,
     same_rows,
     settle_tie,
@@ -77,6 +78,7 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
         elif name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
     dropped: frozenset[str] = new.dropped if new else frozenset()
+    misfits.extend(_other_copies(base, adapter, ends))
     check_saved(base, adapter, ends, {*whole, *stacked}, dropped)
     _check_biases(base, adapter, ends, whole)
     shapes = {name: adapter.reader.tensors[tensor].shape for name, tensor in whole.items()}
@@ -248,6 +250,20 @@ def _without_start(base: Base, ends: Ends, name: str, part: Part, whole: Mapping
             hint=RESIDUAL_HINT,
         )
     return part
+
+
+def _other_copies(base: Base, adapter: Adapter, ends: Ends) -> list[str]:
+    """A line for each weight that was saved again and is another one: which of them the live model has is not told."""
+    lines = []
+    for tensor, path in adapter.copies.items():
+        if ".original_module." in tensor:
+            name = _locate(base, ends, path)
+            same = name is not None and equal(base, ends.source(name), adapter.reader, tensor)
+        else:
+            same = path in adapter.saved and equal(adapter.reader, adapter.saved[path], adapter.reader, tensor)
+        if not same:
+            lines.append(f"{tensor} is not the weight that it is a copy of")
+    return lines
 
 
 def _experts_of(base: Base, path: str) -> dict[str, ExpertPlace]:

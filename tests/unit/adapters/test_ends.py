@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lora2edge.adapters import merge, read_adapter
 from lora2edge.adapters.heads import LAYOUTS
@@ -34,6 +35,12 @@ ALONG = (
     "base_layer.weight",
     "lm_head.weight",
 )
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """PEFT draws lora_A."""
+    torch.manual_seed(0)
 
 
 def edit_base(base: Path, *without: str, head: str = "") -> Path:
@@ -89,7 +96,7 @@ def test_dora_on_a_head_that_has_trained_tokens_too(tmp_path: Path) -> None:
 def test_tokens_of_a_head_that_is_stored(arch: str, without: str, head: str, tmp_path: Path) -> None:
     """PEFT goes by config.json, and by the class where that is silent: the head's tokens follow."""
     base = edit_base(make_checkpoint(tmp_path / "base", arch, dtype="float32", tied=True), without, head=head)
-    adapter = make_adapter(tmp_path / "adapter", base, trainable_token_indices=TOKENS, strength=0.3)
+    adapter = make_adapter(tmp_path / "adapter", base, trainable_token_indices=TOKENS)
     assert_same_as_live(base, adapter, tmp_path / "out")
 
 
@@ -155,7 +162,7 @@ def test_embeddings_that_were_saved_along(name: str, tokens: bool, changed: bool
     indices = {architecture.embedding: TOKENS} if tokens else None
     config = LoraConfig(r=4, task_type=architecture.task, target_modules=layers, trainable_token_indices=indices)
     peft_model = get_peft_model(copy.deepcopy(model), config)
-    shake_adapter(peft_model, 0.3)
+    shake_adapter(peft_model)
     peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     if changed:
         file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -205,3 +212,25 @@ def test_one_pair_for_both_ends(settings: dict[str, Any], arch: str, tmp_path: P
     base = make_checkpoint(tmp_path / "base", arch, dtype="float32", tied=True)
     adapter = make_adapter(tmp_path / "adapter", base, ensure_weight_tying=True, strength=0.3, **settings)
     assert_same_as_live(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("entry", ["lm_head", "embed_tokens"])
+def test_an_end_that_was_trained_whole_and_saved_along(entry: str, tied: bool, tmp_path: Path) -> None:
+    """PEFT saves it three times: as it was trained, the same again, and as the base has it."""
+    base = make_checkpoint(tmp_path / "base", "qwen2", dtype="float32", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[entry], task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
+    shake_adapter(peft_model, 0.3)
+    adapter = tmp_path / "adapter"
+    peft_model.save_pretrained(adapter, save_embedding_layers=True)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    again = [name for name in weights if ".original_module." in name or ".modules_to_save." in name]
+    assert len(again) == 2
+    assert_same_as_live(base, adapter, tmp_path / "out")
+    for name in again:
+        save_file({**weights, name: weights[name] * 1.5}, adapter / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=re.escape(name)) as error:
+            merge(open_checkpoint(base), [read_adapter(adapter)])
+        assert error.value.code == "adapter-shape"

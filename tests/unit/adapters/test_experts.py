@@ -26,6 +26,12 @@ TOLERANCE = 1e-5
 """Of the largest logit."""
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """PEFT draws lora_A."""
+    torch.manual_seed(0)
+
+
 def make(folder: Path, arch: str, **settings: Any) -> tuple[Path, Path]:
     model = make_model(ARCHITECTURES[arch], folder / "base")
     peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings))
