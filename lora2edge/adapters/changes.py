@@ -25,7 +25,7 @@ def read_unadapted(base: Base, change: Change, shape: tuple[int, ...], start: in
     `shape` is that of the view's tensor.
     """
     if change.whole is not None:
-        return change.whole.reader.rows(change.whole.name, start, stop)
+        return change.whole.rows(start, stop)
     if change.source is None:
         return np.zeros((stop - start, *shape[1:]), np.float32)
     return base.rows(change.source, start, stop)

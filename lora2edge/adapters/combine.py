@@ -9,7 +9,8 @@ from functools import partial
 
 from lora2edge.adapters.ends import Change, Placement
 from lora2edge.adapters.joint import Joint, Member
-from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank, TokenRows
+from lora2edge.adapters.kinds.lora import AddedBias, ExpertStack, LowRank
+from lora2edge.adapters.kinds.tokens import TokenRows, TokensBelow
 from lora2edge.adapters.methods import FACTORED, SEQUENCE, SUM, TRUNCATED, Combination
 from lora2edge.adapters.places import place_adapter
 from lora2edge.adapters.read import Adapter
@@ -166,7 +167,7 @@ def _members(name: str, adapters: Sequence[Adapter], changes: Sequence[Mapping[s
 
 def _is_whole(change: Change) -> bool:
     """Whether the adapter says what the tensor, or rows of it, are, and not what is added."""
-    return change.whole is not None or isinstance(change.part, TokenRows)
+    return change.whole is not None or isinstance(change.part, TokenRows | TokensBelow)
 
 
 def _is_plain(part: LowRank) -> bool:
@@ -192,6 +193,8 @@ def _problems(
             found.setdefault(twice, []).append(name)
         elif wholes and wholes[0].weight != 1:
             found.setdefault(weighted, []).append(name)
+        elif method != SUM and any(isinstance(part, TokensBelow) for part in parts):
+            found.setdefault(factors, []).append(name)
         elif not wholes and method in FACTORED:
             pairs = [part for part in parts if isinstance(part, LowRank) and _is_plain(part)]
             if any(part not in pairs and not isinstance(part, AddedBias) for part in parts):

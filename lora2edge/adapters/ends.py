@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds.lora import LowRank, TokenRows
+from lora2edge.adapters.kinds.lora import LowRank
+from lora2edge.adapters.kinds.tokens import TokenRows, TokensBelow
 from lora2edge.adapters.parts import Part
 from lora2edge.adapters.read import Adapter
-from lora2edge.checkpoint import TensorReader, embedding_name, head_name
+from lora2edge.checkpoint import TensorReader, embedding_name, head_name, says_tied
 from lora2edge.contracts import Base, Task, TensorInfo
 from lora2edge.errors import AdapterError
 
@@ -33,6 +36,23 @@ class WholeTensor:
 
     reader: TensorReader
     name: str
+    expert: int | None = None
+    """Where the tensor is a stack of experts' matrices: which of them, and which of its rows."""
+    first_row: int = 0
+    row_count: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.reader.tensors[self.name].shape
+        return shape if self.expert is None else (self.row_count, *shape[2:])
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        if self.expert is None:
+            return self.reader.rows(self.name, start, stop)
+        rows = self.reader.rows(self.name, self.expert, self.expert + 1)[
+            0, self.first_row : self.first_row + self.row_count
+        ]
+        return rows[start:stop].copy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +118,7 @@ class Ends:
 
 
 def find_ends(base: Base, task: Task) -> Ends:
-    """Tied as transformers 5 has it: two stored copies are tied only where config.json says so and they are equal."""
+    """Tied as transformers 5 has it: two stored copies where config.json or its class says so and they are equal."""
     embedding, head = embedding_name(base.tensors), head_name(base.tensors)
     label = head or _HEAD_OF.get(str(base.config.get("model_type")), "lm_head.weight")
     if embedding is None or task not in _GENERATING:
@@ -107,7 +127,7 @@ def find_ends(base: Base, task: Task) -> Ends:
         )
     inputs: tuple[str, ...] = (embedding,)
     others: tuple[str, ...] = (label,)
-    said = base.config.get("tie_word_embeddings") is True
+    said = says_tied(base.config) is True
     if task == "seq2seq-lm":  # T5: always tied, whatever config.json says
         inputs, others, said = _STACKS, (*_STACKS, label), True
     unstored = frozenset(name for name in others if name not in base.tensors)
@@ -147,7 +167,7 @@ def settle_tie(base: Base, adapter: Adapter, ends: Ends, changes: dict[str, Chan
     _spread_tokens(ends, changes)
     root = ends.embedding
     if not ends.tied or root is None:
-        said_tied = ends.head not in ends.unstored and base.config.get("tie_word_embeddings") is True
+        said_tied = ends.head not in ends.unstored and says_tied(base.config) is True
         return Placement(changes, config=_untied(base) if said_tied and ends.is_output else {})
     uses = (root, *ends.tied) if ends.is_called else ends.tied
     first = changes.get(uses[0])
@@ -157,7 +177,7 @@ def settle_tie(base: Base, adapter: Adapter, ends: Ends, changes: dict[str, Chan
             if first and name not in ends.unstored:
                 changes[name] = replace(first, source=name)
         return Placement(changes)
-    if adapter.config.get("ensure_weight_tying"):
+    if adapter.config.get("ensure_weight_tying") and not all(_same_pair(first, changes.get(name)) for name in uses[1:]):
         raise ambiguous("ensure_weight_tying is set, and it changes embedding and head differently")
     if not ends.is_called:
         changes.pop(root, None)
@@ -172,13 +192,19 @@ def settle_tie(base: Base, adapter: Adapter, ends: Ends, changes: dict[str, Chan
 def equal(one: Base | TensorReader, name: str, other: Base | TensorReader, other_name: str) -> bool:
     """Whether two tensors hold the same values, read slab by slab up to the first difference."""
     shape = one.tensors[name].shape
-    if shape != other.tensors[other_name].shape:
-        return False
+    return shape == other.tensors[other_name].shape and same_rows(
+        shape, partial(one.rows, name), partial(other.rows, other_name)
+    )
+
+
+def same_rows(
+    shape: tuple[int, ...], one: Callable[[int, int], FloatArray], other: Callable[[int, int], FloatArray]
+) -> bool:
+    """The same of what two functions of start and stop give."""
     rows = shape[0] if shape else 1
-    step = max(1, _COMPARED_AT_ONCE * rows // max(one.tensors[name].size, 1))
+    step = max(1, _COMPARED_AT_ONCE * rows // max(math.prod(shape), 1))
     return all(
-        np.array_equal(one.rows(name, at, min(at + step, rows)), other.rows(other_name, at, min(at + step, rows)))
-        for at in range(0, rows, step)
+        np.array_equal(one(at, min(at + step, rows)), other(at, min(at + step, rows))) for at in range(0, rows, step)
     )
 
 
@@ -197,9 +223,21 @@ def _spread_tokens(ends: Ends, changes: dict[str, Change]) -> None:
     if change is None or not isinstance(change.part, TokenRows):
         return
     for name in ends.follow:
-        if name in changes and not ends.is_called:
-            raise ambiguous(f"{ends.embedding} has trained tokens, and {name} is changed as well")
-        changes.setdefault(name, replace(change, source=ends.source(name)))
+        own = changes.get(name)
+        if own is None or (ends.is_called and own.part is None and own.whole == change.whole):
+            changes[name] = replace(change, source=ends.source(name))
+        elif not ends.is_called or not isinstance(own.part, TokenRows):
+            changes[name] = replace(own, part=_over_tokens(ends, name, change, own))
+
+
+def _over_tokens(ends: Ends, name: str, below: Change, own: Change) -> TokensBelow:
+    """Raises AdapterError for what is not simply added to the weight that the trained tokens are a part of."""
+    tokens, part = below.part, own.part
+    if isinstance(tokens, TokenRows) and isinstance(part, LowRank) and ends.is_called:
+        is_plain = part.magnitude is None and part.start is None
+        if is_plain and not own.transposed and own.whole == below.whole:
+            return TokensBelow(tokens, part)
+    raise ambiguous(f"{ends.embedding} has trained tokens, and {name} is changed as well")
 
 
 def _untied(base: Base) -> dict[str, Any]:
@@ -212,14 +250,18 @@ def _untied(base: Base) -> dict[str, Any]:
     return config
 
 
+def _same_pair(one: Change | None, other: Change | None) -> bool:
+    """Whether both are the one pair that PEFT shares; each end has a scale of its own, and DoRA's lengths."""
+    if one is None or other is None or not isinstance(one.part, LowRank) or not isinstance(other.part, LowRank):
+        return False
+    return _same_whole(one, other) and _same_factors(one.part, other.part, one.adapter.reader)
+
+
 def _same_change(one: Change | None, other: Change | None) -> bool:
     if one is None or other is None:
         return one is other
     reader = one.adapter.reader
-    if one.whole is None or other.whole is None:
-        if one.whole is not other.whole:
-            return False
-    elif not equal(reader, one.whole.name, reader, other.whole.name):
+    if not _same_whole(one, other):
         return False
     mine, theirs = one.part, other.part
     if isinstance(mine, TokenRows) and isinstance(theirs, TokenRows):
@@ -228,6 +270,16 @@ def _same_change(one: Change | None, other: Change | None) -> bool:
         return mine is theirs
     if (mine.rank, mine.scale, mine.magnitude) != (theirs.rank, theirs.scale, theirs.magnitude):
         return False
+    return _same_factors(mine, theirs, reader)
+
+
+def _same_whole(one: Change, other: Change) -> bool:
+    if one.whole is None or other.whole is None:
+        return one.whole is other.whole
+    return one.whole.shape == other.whole.shape and same_rows(one.whole.shape, one.whole.rows, other.whole.rows)
+
+
+def _same_factors(mine: LowRank, theirs: LowRank, reader: TensorReader) -> bool:
     if mine.embedding == theirs.embedding:
         return equal(reader, mine.a, reader, theirs.a) and equal(reader, mine.b, reader, theirs.b)
     return all(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from lora2edge.adapters.ends import (
     Change,
@@ -14,6 +16,7 @@ from lora2edge.adapters.ends import (
     check_called,
     equal,
     find_ends,
+    same_rows,
     settle_tie,
     share,
 )
@@ -66,13 +69,17 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
         if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
     share(adapter, ends, whole)
+    stacked: dict[str, WholeTensor] = {}
     for path, tensor in adapter.saved.items():
         if new and path in new.names:
             continue
-        if name := _fit_whole(base, adapter, ends, path, tensor, misfits):
+        if members := _experts_of(base, path):
+            stacked.update(_fit_stack(base, adapter, path, tensor, members, misfits))
+        elif name := _fit_whole(base, adapter, ends, path, tensor, misfits):
             whole[name] = tensor
     dropped: frozenset[str] = new.dropped if new else frozenset()
-    check_saved(base, adapter, ends, whole, dropped)
+    misfits.extend(_other_copies(base, adapter, ends))
+    check_saved(base, adapter, ends, {*whole, *stacked}, dropped)
     _check_biases(base, adapter, ends, whole)
     shapes = {name: adapter.reader.tensors[tensor].shape for name, tensor in whole.items()}
     vocabulary = _resized(base, ends, shapes)
@@ -91,14 +98,16 @@ def place_adapter(base: Base, adapter: Adapter) -> Placement:
             biases[path] = part
     misfits.extend(f"a classifier has no {name}" for name in sorted(dropped & {*whole, *parts}))
     if misfits:
-        raise _other_base(adapter, misfits)
+        raise _other_base(base, adapter, misfits)
     check_complete(base, adapter, ends, placed, dropped)
     parts = {name: _without_start(base, ends, name, part, whole) for name, part in parts.items()}
     changes = {}
-    for name in {**whole, **parts}:
+    stand_ins = {**{name: WholeTensor(adapter.reader, tensor) for name, tensor in whole.items()}, **stacked}
+    for name in {**stand_ins, **parts}:
         source = ends.source(name)
-        stand_in = WholeTensor(adapter.reader, whole[name]) if name in whole else None
-        if stand_in and equal(base, source, stand_in.reader, stand_in.name):
+        stand_in = stand_ins.get(name)
+        is_known = stand_in is not None and stand_in.shape == base.tensors[source].shape
+        if stand_in and is_known and same_rows(stand_in.shape, partial(base.rows, source), stand_in.rows):
             stand_in = None
         if stand_in or name in parts:
             transposed = name in parts and _is_transposed(base, parts[name])
@@ -243,6 +252,44 @@ def _without_start(base: Base, ends: Ends, name: str, part: Part, whole: Mapping
     return part
 
 
+def _other_copies(base: Base, adapter: Adapter, ends: Ends) -> list[str]:
+    """A line for each weight that was saved again and is another one: which of them the live model has is not told."""
+    lines = []
+    for tensor, path in adapter.copies.items():
+        if ".original_module." in tensor:
+            name = _locate(base, ends, path)
+            same = name is not None and equal(base, ends.source(name), adapter.reader, tensor)
+        else:
+            same = path in adapter.saved and equal(adapter.reader, adapter.saved[path], adapter.reader, tensor)
+        if not same:
+            lines.append(f"{tensor} is not the weight that it is a copy of")
+    return lines
+
+
+def _experts_of(base: Base, path: str) -> dict[str, ExpertPlace]:
+    """The matrices that transformers stacks in the parameter at `path`, by the base's tensor names."""
+    if ".experts." not in path:
+        return {}
+    places = {name: expert_place(base.config, name) for name in base.tensors}
+    return {name: place for name, place in places.items() if place and place.parameter == path}
+
+
+def _fit_stack(
+    base: Base, adapter: Adapter, path: str, tensor: str, members: Mapping[str, ExpertPlace], misfits: list[str]
+) -> dict[str, WholeTensor]:
+    """Each expert's share of a stack that modules_to_save trained whole; {} and a misfit where it does not fit."""
+    rows, inputs = next(base.tensors[name].shape for name in members)
+    experts, parts = (1 + max(each) for each in zip(*((p.expert, p.part) for p in members.values()), strict=True))
+    has, wanted = adapter.reader.tensors[tensor].shape, (experts, parts * rows, inputs)
+    if has == wanted and len(members) == experts * parts:
+        return {
+            name: WholeTensor(adapter.reader, tensor, place.expert, place.part * rows, rows)
+            for name, place in members.items()
+        }
+    misfits.append(f"{path} is {list(has)} in the adapter, {list(wanted)} in the base")
+    return {}
+
+
 def _fit_experts(base: Base, stack: ExpertStack, taken: Mapping[str, Part], misfits: list[str]) -> dict[str, Part]:
     """The stack's share of each expert's matrix, by the base's tensor names; {} and a misfit where it has no place."""
     members: dict[str, dict[str, ExpertPlace]] = {}
@@ -293,7 +340,7 @@ def _add_biases(base: Base, adapter: Adapter, biases: Mapping[str, Part], placem
                 changes[bias] = Change(adapter, None, None, part)
                 misfit = part.misfit(info.shape[:1]) if part else None
                 if misfit:
-                    raise _other_base(adapter, [misfit])
+                    raise _other_base(base, adapter, [misfit])
     lost = sorted(biases.keys() - changes.keys())
     if lost:
         raise AdapterError(
@@ -339,11 +386,21 @@ def _find_task(base: Base, adapter: Adapter) -> tuple[Task, NewHead | None]:
         "adapter-other-task",
         f"the adapter was trained for {kind}, the base is a {base.task} model",
         why="task_type in adapter_config.json, architectures in config.json",
-        hint=f"--base {name}" if name else "give the base that it was trained on",
+        hint=f"--base {name}" if name and not _is_given(base, name) else "give the base that it was trained on",
     )
 
 
-def _other_base(adapter: Adapter, misfits: list[str]) -> AdapterError:
+def _is_given(base: Base, name: str) -> bool:
+    """Whether the base is the folder or hub id that the adapter names: to name it again would be no help."""
+    folder = base.path.resolve()
+    try:
+        named = Path(name).resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or no name of a file
+        return False
+    return named == folder or f"models--{name.replace('/', '--')}" in folder.parts
+
+
+def _other_base(base: Base, adapter: Adapter, misfits: list[str]) -> AdapterError:
     """One error for all that does not fit. Where most of it fits, the base is right and the adapter is broken."""
     parts = len(adapter.parts) + len(adapter.saved) + len(adapter.replaced)
     if 2 * len(misfits) < parts:
@@ -355,9 +412,13 @@ def _other_base(adapter: Adapter, misfits: list[str]) -> AdapterError:
         )
     more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
     name = adapter.base_model_name_or_path
+    if name and _is_given(base, name):
+        hint = "the base is the one that the adapter names: it was changed since, or adapter_config.json was edited"
+    else:
+        hint = f"the adapter names its base: --base {name}" if name else "give the base that it was trained on"
     return AdapterError(
         "adapter-other-base",
         f"{len(misfits)} of the adapter's {parts} parts do not fit this base",
         why="; ".join(misfits[:3]) + more,
-        hint=f"the adapter names its base: --base {name}" if name else "give the base that it was trained on",
+        hint=hint,
     )

@@ -33,10 +33,16 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BESIDE = "base_model.vera_"
 """VeRA's shared matrices lie beside the model."""
-_ENDS = ("embed_tokens.weight", "wte.weight", "shared.weight", "lm_head.weight")
+_ENDS = (
+    "embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "embed_in.weight",
+    "lm_head.weight", "embed_out.weight",
+)  # fmt: skip
 """Embeddings and heads, which PEFT saves along where the vocabulary was resized or they were adapted."""
 _AGAIN = (r"\.(original_module|modules_to_save)\.", r"\.modules_to_save\.[^.]+\.")
-"""What `bias: all` puts into the name of a bias of a module that is saved whole: PEFT loads it by its plain name."""
+"""What `bias: all` and `save_embedding_layers` put into names of a module that is saved whole: PEFT loads it by its
+plain name."""
+_UNDER_TOKENS = ".token_adapter.base_layer."
+"""What trainable_token_indices puts into the name of the weight that has the tokens."""
 _ROWS_AT_ONCE = 1 << 20
 """Elements looked at together when searching for NaN."""
 
@@ -54,6 +60,8 @@ class Adapter:
     """Parameter path → tensor: what modules_to_save trained whole; replaces that module's weight."""
     replaced: Mapping[str, str] = field(default_factory=dict)
     """Parameter path → tensor: the base's own weight or bias as PEFT saved it along; replaces the base's."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensor → parameter path: what PEFT saved again of a module that modules_to_save trained, or of its original."""
     weight: float = 1.0
     """What its change is multiplied by, where it is one of several."""
 
@@ -168,16 +176,20 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
         if parts.setdefault(f"{part.module}.{part.parameter}", part) is not part:
             raise _ambiguous(part.module)
     used = {name for part in parts.values() for name in part.tensors}
-    saved, replaced = {}, {}
+    saved, replaced, copies = {}, {}, {}
     saved_modules = config.get("modules_to_save") or []
     biases = config.get("bias") not in (None, "none")
     endings = (*_ENDS, ".bias") if config.get("bias") == "all" else _ENDS
-    for path, name in paths.items():
+    for live, name in paths.items():
         if name in used:
             continue
-        if biases and path.endswith(".bias") and _is_saved_plainly(path, paths):
+        path = live.replace(_UNDER_TOKENS, ".")
+        plain = _plainly_saved(path, paths)
+        if plain and biases and path.endswith(".bias"):
             continue
-        if path.endswith(".base_layer.weight") or (biases and path.endswith(".base_layer.bias")):
+        if plain and path.endswith(".weight"):
+            copies[name] = plain
+        elif path.endswith(".base_layer.weight") or (biases and path.endswith(".base_layer.bias")):
             replaced[path.replace(".base_layer.", ".")] = name
         elif is_saved(path, saved_modules):
             saved[path] = name
@@ -189,11 +201,12 @@ def _sort_tensors(source: Source, config: Mapping[str, Any], reader: TensorReade
         raise _unused(strangers)
     if both := sorted(parts.keys() & saved.keys()):
         raise _ambiguous(both[0])
-    return Adapter(source, config, reader, parts, saved, replaced)
+    return Adapter(source, config, reader, parts, saved, replaced, copies)
 
 
-def _is_saved_plainly(path: str, paths: Mapping[str, str]) -> bool:
-    return any((plain := re.sub(infix, ".", path)) != path and plain in paths for infix in _AGAIN)
+def _plainly_saved(path: str, paths: Mapping[str, str]) -> str | None:
+    """The path without what lies around a module that is saved whole, where the file has it by that name too."""
+    return next((plain for infix in _AGAIN if (plain := re.sub(infix, ".", path)) != path and plain in paths), None)
 
 
 def _ambiguous(where: str) -> AdapterError:

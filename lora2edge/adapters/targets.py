@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from lora2edge.adapters.ends import Ends
@@ -55,7 +55,7 @@ def check_complete(
         )
 
 
-def check_saved(base: Base, adapter: Adapter, ends: Ends, whole: Mapping[str, str], dropped: frozenset[str]) -> None:
+def check_saved(base: Base, adapter: Adapter, ends: Ends, whole: Set[str], dropped: frozenset[str]) -> None:
     """Raises AdapterError where the file lacks a weight or bias that modules_to_save names. `whole`: what it has.
 
     PEFT passes over an entry that the model has no module for: for classifiers it lists two names of the head.

@@ -24,6 +24,7 @@ from lora2edge.checkpoint.tokenizer import (
     tokenizer_files,
     vocabulary_size,
 )
+from lora2edge.checkpoint.tying import says_tied
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -57,6 +58,7 @@ __all__ = [
     "reading_ahead",
     "requantized",
     "resolve_source",
+    "says_tied",
     "shard_fingerprint",
     "tokenizer_files",
     "vocabulary_size",

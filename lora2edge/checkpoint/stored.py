@@ -14,6 +14,7 @@ from lora2edge.checkpoint.quantized import DequantizedReader, dequantized
 from lora2edge.checkpoint.reader import TensorReader
 from lora2edge.checkpoint.source import Source, missing_source, read_json_file, resolve_source
 from lora2edge.checkpoint.tokenizer import tokenizer_files, vocabulary_size
+from lora2edge.checkpoint.tying import says_tied
 from lora2edge.contracts import CheckpointRef, StoredBytes, Task, TensorInfo, TokenizerFiles
 from lora2edge.errors import CheckpointError, InputError, refuse
 from lora2edge.storage import sha256_file
@@ -307,7 +308,7 @@ def _task(config: Mapping[str, Any]) -> Task:
 
 
 def _check_head(checkpoint: StoredCheckpoint) -> None:
-    """A checkpoint that says it is not tied and has no head would be loaded with another one."""
+    """A checkpoint that is not tied, by config.json or its class, and has no head would be loaded with another one."""
     tensors = checkpoint.tensors
     if checkpoint.task == "seq2seq-lm" and _SHARED not in tensors:
         raise CheckpointError(
@@ -316,12 +317,18 @@ def _check_head(checkpoint: StoredCheckpoint) -> None:
             why="which weight encoder, decoder and head share cannot be told without it",
             hint="AutoModelForSeq2SeqLM.from_pretrained(FOLDER).save_pretrained(NEW) writes it",
         )
-    untied = checkpoint.config.get("tie_word_embeddings") is False
+    config = checkpoint.config
+    untied = says_tied(config) is False
     if checkpoint.task in ("causal-lm", "seq2seq-lm") and untied and embedding_name(tensors) and not head_name(tensors):
+        said = (
+            'config.json says "tie_word_embeddings": false'
+            if "tie_word_embeddings" in config
+            else f"config.json has no tie_word_embeddings, which is false for {config.get('model_type')}"
+        )
         raise CheckpointError(
             "missing-tensor",
             "the checkpoint has no output head",
-            why='config.json says "tie_word_embeddings": false and there is no lm_head.weight',
+            why=f"{said}, and there is no lm_head.weight: it would be started at random at each load",
             hint='restore the missing file, or set "tie_word_embeddings": true where the head is the embedding',
         )
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora2edge.adapters.parts import Part
 from lora2edge.checkpoint import TensorReader
 from lora2edge.errors import AdapterError
 
@@ -100,6 +101,13 @@ def product_misfit(module: str, has: tuple[int, ...], wanted: tuple[int, ...]) -
     if has == wanted:
         return None
     return no_matrix(module, wanted) or f"{module}: the adapter has {list(has)}, the base {list(wanted)}"
+
+
+def other_shape(part: Part, has: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+    """The misfit of a tensor that must have the base's shape."""
+    if has == wanted:
+        return None
+    return f"{part.module}.{part.parameter} is {list(has)} in the adapter, {list(wanted)} in the base"
 
 
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.adapters.kinds.common import COMMON_KEYS, RESTORE, pattern_value, whole
+from lora2edge.adapters.kinds.common import COMMON_KEYS, RESTORE, other_shape, pattern_value, whole
 from lora2edge.adapters.kinds.starts import OLORA, PISSA, find_start
+from lora2edge.adapters.kinds.tokens import TokenRows
 from lora2edge.adapters.parts import Part, Update
 from lora2edge.checkpoint import TensorReader
 from lora2edge.errors import AdapterError
@@ -31,6 +32,8 @@ KEYS = COMMON_KEYS | {
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 _BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
+_EXPERTS, _ROUTER = ".experts", ".gate"
+_HEADS = ("lm_head", "embed_out")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 
@@ -251,37 +254,10 @@ class AddedBias:
         return (self.tensor,)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        return _wanted(self, self.reader.tensors[self.tensor].shape, shape)
+        return other_shape(self, self.reader.tensors[self.tensor].shape, shape)
 
     def load(self) -> Update:
         return _Addition(whole(self.reader, self.tensor) * np.float32(self.scale))
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRows:
-    """`trainable_token_indices`: some rows of an embedding, trained whole."""
-
-    module: str
-    reader: TensorReader
-    tensor: str
-    indices: tuple[int, ...]
-
-    @property
-    def parameter(self) -> str:
-        return "weight"
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        return (self.tensor,)
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        beyond = [index for index in self.indices if index >= shape[0]]
-        if beyond:
-            return f"{self.module} has {shape[0]} rows, token {beyond[0]} was trained"
-        return _wanted(self, self.reader.tensors[self.tensor].shape, (len(self.indices), *shape[1:]))
-
-    def load(self) -> Update:
-        return _Replacement(np.asarray(self.indices), whole(self.reader, self.tensor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,19 +266,6 @@ class _Addition:
 
     def apply(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
         rows += self.values[start:stop]
-        return rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Replacement:
-    indices: Any
-    """`[n]` int64."""
-    values: FloatArray
-    """`[n, H]`."""
-
-    def apply(self, rows: FloatArray, start: int, stop: int) -> FloatArray:
-        inside = (start <= self.indices) & (self.indices < stop)
-        rows[self.indices[inside] - start] = self.values[inside]
         return rows
 
 
@@ -350,7 +313,7 @@ def _pair(
             why=f"the file holds {present} only",
             hint="the save was cut short: save the adapter again",
         )
-    rank, scale = _scale(config, module)
+    rank, scale = _scale(config, f"{module}.weight" if _is_router(config, module) else module)
     a, b = reader.tensors[found["A"]], reader.tensors[found["B"]]
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterError(
@@ -360,6 +323,8 @@ def _pair(
             "they are not gathered first",
             hint="gather the weights, then save the adapter again",
         )
+    if a.shape[0] == b.shape[1] and config.get("ensure_weight_tying") and module.endswith(_HEADS):
+        rank = a.shape[0]  # the embedding's pair is the head's; its scale is that of the head's own rank and alpha
     if not a.shape[0] == b.shape[1] == rank:
         raise AdapterError(
             "adapter-rank",
@@ -395,10 +360,19 @@ def _start(config: Mapping[str, Any]) -> str | None:
 
 
 def _holds_experts(config: Mapping[str, Any], module: str) -> bool:
-    """Whether target_parameters names a parameter of the module."""
+    """Whether target_parameters names a parameter of the module, perhaps by its bare name, as PEFT 0.21 writes it for
+    target_modules that are layers of experts. A router's weight is a matrix like any linear layer's."""
     path = module.replace(".base_layer", "")
-    owners = (str(target).rpartition(".")[0] for target in config.get("target_parameters") or [])
-    return any(owner and f".{path}".endswith(f".{owner}") for owner in owners)
+    owners = {str(target).rpartition(".")[0] for target in config.get("target_parameters") or []}
+    if _is_router(config, path):
+        return False
+    return any(f".{path}".endswith(f".{owner}" if owner else _EXPERTS) for owner in owners)
+
+
+def _is_router(config: Mapping[str, Any], module: str) -> bool:
+    """Whether target_parameters names the module's weight, and it is the one that PEFT names for all-linear."""
+    targets = config.get("target_parameters") or []
+    return module.endswith(_ROUTER) and any(f".{module}.weight".endswith(f".{target}") for target in targets)
 
 
 def _stack(config: Mapping[str, Any], reader: TensorReader, wrapped: str, found: Mapping[str, str]) -> ExpertStack:
@@ -435,10 +409,12 @@ def _scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
 
 
 def _token_rows(config: Mapping[str, Any], reader: TensorReader, module: str, name: str) -> TokenRows:
-    """A list belongs to the input embedding, an object names modules by the end of their path."""
+    """A list belongs to the input embedding, an object names modules by the end of their path; a head that it does not
+    name was saved because it is tied to the one that it names."""
     stored = config.get("trainable_token_indices")
     if isinstance(stored, dict):
-        stored = next((indices for end, indices in stored.items() if f".{module}".endswith(f".{end}")), None)
+        only = next(iter(stored.values())) if len(stored) == 1 and module.endswith(_HEADS) else None
+        stored = next((indices for end, indices in stored.items() if f".{module}".endswith(f".{end}")), only)
     count = reader.tensors[name].shape[0] if reader.tensors[name].shape else 0
     ids = stored if isinstance(stored, list) else []
     numbers = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids)
@@ -450,9 +426,3 @@ def _token_rows(config: Mapping[str, Any], reader: TensorReader, module: str, na
             hint="restore the adapter_config.json that was saved with these weights",
         )
     return TokenRows(module, reader, name, tuple(ids))
-
-
-def _wanted(part: AddedBias | TokenRows, has: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
-    if has == wanted:
-        return None
-    return f"{part.module}.{part.parameter} is {list(has)} in the adapter, {list(wanted)} in the base"

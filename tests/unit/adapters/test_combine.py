@@ -61,6 +61,7 @@ def made(root: Path, base: Path) -> dict[str, Path]:
         "embedding": {"targets": ["embed_tokens", "v_proj"], "seed": 10},
         "head": {"targets": ["lm_head", "q_proj"], "seed": 11},
         "embedding2": {"targets": ["embed_tokens", "q_proj"], "seed": 12},
+        "tokens-head": {"targets": ["lm_head", "k_proj"], "trainable_token_indices": [5, 300], "seed": 13},
     }
     folders = {name: make_adapter(root / name, base, **setting) for name, setting in settings.items()}
     model = get_peft_model(load(base), LoHaConfig(r=4, alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
@@ -202,7 +203,7 @@ def test_sum_of_other_kinds_is_the_formula(names: list[str], base: Path, made: d
     assert [len(step.adapters) for step in view.steps] == [1, 1]
 
 
-@pytest.mark.parametrize("name", ["a", "dora", "embedding", "saved", "bias", "loha"])
+@pytest.mark.parametrize("name", ["a", "dora", "embedding", "saved", "bias", "loha", "tokens-head"])
 def test_one_adapter_of_weight_1_is_itself_bit_for_bit(name: str, base: Path, made: dict[str, Path]) -> None:
     alone, listed = merge(open_checkpoint(base), [read_adapter(made[name])]), combined(base, [made[name]], [1.0])
     for tensor, info in alone.tensors.items():
@@ -212,7 +213,7 @@ def test_one_adapter_of_weight_1_is_itself_bit_for_bit(name: str, base: Path, ma
 
 
 @pytest.mark.parametrize("names", [["embedding", "a"], ["head", "a"], ["embedding", "embedding2"], ["saved", "a"],
-                                   ["tokens", "a"], ["head", "embedding"]])  # fmt: skip
+                                   ["tokens", "a"], ["head", "embedding"], ["tokens-head", "a"]])  # fmt: skip
 def test_sum_with_ends_of_the_model(names: list[str], base: Path, made: dict[str, Path]) -> None:
     """Against the sum of what each adapter alone does to each tensor. Where one unties the head, it is untied."""
     adapters = [made[name] for name in names]
@@ -227,6 +228,19 @@ def test_sum_with_ends_of_the_model(names: list[str], base: Path, made: dict[str
     assert view.config["tie_word_embeddings"] is all(single.config["tie_word_embeddings"] for single in singles)
     if names == ["head", "a"]:
         assert_equal_answers(view, answers(live_together(base, adapters)), base)
+
+
+def test_a_head_over_trained_tokens_is_added_to_nothing(base: Path, made: dict[str, Path]) -> None:
+    """Its pair is not all of what it does to the head: methods that prune pairs cannot take it, nor another change."""
+    adapters = [made["tokens-head"], made["a"]]
+    for settings, weights, names, code in (
+        ({"method": "ties", "density": 0.4}, [1.0, 1.0], adapters, "combine-kind"),
+        ({}, [0.5, 1.0], adapters, "combine-whole"),
+        ({}, [1.0, 1.0], [made["tokens-head"], made["head"]], "combine-whole"),
+    ):
+        with pytest.raises((AdapterError, Refusals)) as error:
+            combined(base, names, weights, **settings)
+        assert code in [each.code for each in getattr(error.value, "errors", [error.value])]
 
 
 @pytest.mark.parametrize("names", [["dora", "a"], ["a", "dora"]])

@@ -412,6 +412,22 @@ def test_another_base_is_refused_with_shapes_and_name(bases: dict[bool, Path], t
     assert "no linear layer model.layers.0" in error.value.why
 
 
+def test_no_hint_names_the_base_that_was_given(bases: dict[bool, Path], tmp_path: Path) -> None:
+    """As a folder, with a link in its path, and as what the hub's cache calls it."""
+    adapter = make_adapter(tmp_path / "adapter", bases[True])
+    other = make_checkpoint(tmp_path / "models--org--name" / "snapshots" / "1f", "qwen2", hidden=96)
+    (tmp_path / "link").symlink_to(other)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    for name, given in ((str(other), True), (str(tmp_path / "link"), True), ("org/name", True), ("org/names", False)):
+        for task, code in (("CAUSAL_LM", "adapter-other-base"), ("SEQ_2_SEQ_LM", "adapter-other-task")):
+            changed = {**settings, "base_model_name_or_path": name, "task_type": task}
+            (adapter / "adapter_config.json").write_text(json.dumps(changed))
+            with pytest.raises(AdapterError) as error:
+                merge(open_checkpoint(other), [read_adapter(adapter)])
+            assert error.value.code == code
+            assert (f"--base {name}" in error.value.hint) is not given
+
+
 @pytest.mark.parametrize("how", ["saved", "along", "along-tied", "lora-along-tied"])
 def test_resized_vocabulary(how: str, bases: dict[bool, Path], tmp_path: Path) -> None:
     """Tokens were added before training: the adapter holds both ends whole, in modules_to_save or saved along."""
