@@ -227,7 +227,8 @@ class PairUpdate:
         """Gives rows of W + ΔW the lengths that DoRA trained."""
         if self.lengths is not None:
             norms = np.sqrt(np.square(rows, dtype=np.float64).sum(1))
-            rows *= (self.lengths[start:stop] / norms).astype(np.float32)[:, None]
+            with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: whoever writes it refuses the NaN
+                rows *= (self.lengths[start:stop] / norms).astype(np.float32)[:, None]
         if self.columns is not None:
             rows *= self.columns
         return rows

@@ -15,6 +15,7 @@ from lora2edge.backends.gguf.architectures import Architecture, Config, count, f
 from lora2edge.backends.gguf.container import Metadata
 from lora2edge.backends.gguf.mix import Shape, order_key
 from lora2edge.backends.gguf.rope import Rope, read_rope, rotary_fraction
+from lora2edge.checkpoint.tying import says_tied
 from lora2edge.contracts import TensorInfo
 from lora2edge.errors import CheckpointError, InputError, UnsupportedError, refuse
 
@@ -207,7 +208,7 @@ def _place(
     """Each tensor of the checkpoint in its place."""
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     places = {embedding: ("token_embd.weight", "v h"), "model.norm.weight": ("output_norm.weight", "h")}
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = says_tied(config) is True
     if not tied:
         places[head] = ("output.weight", "v h")
     layer = dict(architecture.layer)
