@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ class TensorReader:
                 self.stored[tensor.info.name] = tensor
         self.tensors: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in self.stored.items()}
         self._handles: dict[str, int] = {}
+        weakref.finalize(self, _close, self._handles)  # for whoever does not close it
         self._lock = threading.Lock()
         self._local = threading.local()
 
@@ -80,9 +82,7 @@ class TensorReader:
 
     def close(self) -> None:
         with self._lock:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
+            _close(self._handles)
 
     def _read(self, shard: str, offset: int, length: int) -> NDArray[np.uint8]:
         """The bytes in a buffer that this thread's next read overwrites."""
@@ -110,3 +110,8 @@ class TensorReader:
             if shard not in self._handles:
                 self._handles[shard] = os.open(self.folder / shard, os.O_RDONLY | os.O_CLOEXEC)
             return self._handles[shard]
+
+
+def _close(handles: dict[str, int]) -> None:
+    while handles:
+        os.close(handles.popitem()[1])

@@ -228,10 +228,11 @@ class _Process:
     def _read_line(self, handle: int) -> bytes | None:
         """A line; less where the process ends before; None where it takes too long."""
         parts: list[bytes] = []
+        waiting = select.poll()  # select() knows no more than 1024 open files
+        waiting.register(handle, select.POLLIN)
         deadline = time.monotonic() + _WAIT_SECONDS
         while not parts or not parts[-1].endswith(b"\n"):
-            ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
                 return None
             parts.append(os.read(handle, 1 << 20))
             if not parts[-1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import struct
@@ -534,3 +535,15 @@ def test_one_blas_thread_gives_the_threads_back() -> None:
         assert get() == 2
     finally:
         put(before)
+
+
+def test_files_are_closed_with_their_reader(tmp_path: Path) -> None:
+    """Whoever reads many checkpoints in one process and forgets to close them runs out of files otherwise."""
+    base = make_checkpoint(tmp_path / "base")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        checkpoint = open_checkpoint(base)
+        checkpoint.rows(next(iter(checkpoint.tensors)), 0, 1)
+        del checkpoint
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -450,3 +451,20 @@ def test_samples_are_read_back(bpe: Any, tmp_path: Path) -> None:
     texts = load(str(make_data(tmp_path / "d.jsonl", 20)), bpe[1])
     write_samples(tmp_path / "s.jsonl", texts.calibration)
     assert read_samples(tmp_path / "s.jsonl") == texts.calibration
+
+
+def test_a_process_with_many_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`select` knows the first 1024 only."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1500:
+        pytest.skip(f"at most {hard} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1500), hard))
+    monkeypatch.setattr(template_module, "_process", None)
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        template = ChatTemplate("{{ messages[0].content }}", {})
+        assert template.render([{"role": "user", "content": "a"}], add_generation_prompt=False) == "a"
+    finally:
+        for handle in held:
+            os.close(handle)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
