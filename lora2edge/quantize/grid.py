@@ -149,38 +149,37 @@ def _fit(
 ) -> IntGrid:
     if bits not in BITS or (narrow and not symmetric):
         raise ValueError(f"{bits} bits, symmetric {symmetric}, narrow {narrow}: no such grid")
-    rows, columns = weights.shape
+    columns = weights.shape[1]
     width = min(group or columns, columns)
     starts = np.arange(0, columns, width)
     bottom = np.minimum(np.minimum.reduceat(weights, starts, axis=1), 0)
     top = np.maximum(np.maximum.reduceat(weights, starts, axis=1), 0)
     if symmetric:
         top = np.maximum(-bottom, top)
-    low = 1 if narrow else 0
-    best: FloatArray | None = None
-    scales = zeros = np.empty(0)
-    for share in shares:
-        if symmetric:
-            span = 2 * (top * np.float32(share))
-            tried = _stored(span / np.float32(2**bits - 1 - low), scale_dtype)
-            middle = np.full(tried.shape, 2 ** (bits - 1), np.uint8)
-        else:
-            tried = _stored((top - bottom) * np.float32(share / (2**bits - 1)), scale_dtype)
-            middle = np.clip(np.rint(-bottom * np.float32(share) / tried), 0, 2**bits - 1).astype(np.uint8)
-        if len(shares) == 1:
-            return IntGrid(bits, tried, middle, width, low)
-        grid = IntGrid(bits, tried, middle, width, low)
+        bottom = -top
+    low, high = int(narrow), 2**bits - 1
+
+    def over(share: float) -> IntGrid:
+        scales = _stored((top - bottom) * np.float32(share / (high - low)), scale_dtype)
+        zeros = np.full(scales.shape, 2.0 ** (bits - 1)) if symmetric else np.rint(-bottom * np.float32(share) / scales)
+        return IntGrid(bits, scales, np.clip(zeros, 0, high).astype(np.uint8), width, low)
+
+    best = over(shares[0])
+    if len(shares) == 1:
+        return best
+
+    def errors_of(grid: IntGrid) -> NDArray[np.float64]:
         squares = np.square(grid.values(grid.affine.codes(weights)) - weights, dtype=np.float64)
-        if importance is not None:
-            squares *= importance
-        errors = np.add.reduceat(squares, starts, axis=1)
-        if best is None:
-            best, scales, zeros = errors, tried, middle
-            continue
-        better = errors < best
-        best, scales, zeros = (
-            np.where(better, new, old) for new, old in ((errors, best), (tried, scales), (middle, zeros))
-        )
+        return np.add.reduceat(squares if importance is None else squares * importance, starts, axis=1)
+
+    least = errors_of(best)
+    scales, zeros = best.scales, best.zeros
+    for share in shares[1:]:
+        tried = over(share)
+        errors = errors_of(tried)
+        better = errors < least
+        least = np.minimum(errors, least)
+        scales, zeros = np.where(better, tried.scales, scales), np.where(better, tried.zeros, zeros)
     return IntGrid(bits, scales, zeros, width, low)
 
 
