@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
 
 _BLOCK = 256
-_PANEL = 1024
+_PANEL = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,9 @@ class Factor:
 def factorize(
     mean: NDArray[Any], tokens: int, options: GptqOptions | None = None, *, dropped_tokens: int = 0
 ) -> Factor:
-    """Damps and factors H = XᵀX / tokens, `[columns, columns]` (`Gram.mean`). Peak memory: 12 bytes an element of H.
+    """Damps and factors H = XᵀX / tokens, `[columns, columns]` (`Gram.mean`).
 
-    Never raises for what H holds: without a token, with inputs that are all zero or not finite, or where no damping
+    Takes at most 12 bytes an element of H beside it. Never raises for what H holds: without a token, with inputs that are all zero or not finite, or where no damping
     helps, the factor says so and rounds to nearest.
     """
     options = options or GptqOptions()
@@ -144,7 +144,8 @@ def _factored(
     a = np.empty(mean.shape, np.float64)
     for start in range(0, len(a), _PANEL):
         part = turned[start : start + _PANEL]
-        np.divide(mean[part][:, turned], scale, out=a[start : start + _PANEL])
+        # Rows, then columns: one look-up of both took ten times as long.
+        np.divide(np.take(mean[part], turned, axis=1), scale, out=a[start : start + _PANEL])
     np.fill_diagonal(a, diagonal[turned] + damping)
     _cholesky(a)
     roots = a.diagonal().copy()
@@ -153,8 +154,9 @@ def _factored(
     unit = np.zeros(a.shape, dtype)
     for start in range(0, len(a), _PANEL):
         stop = min(start + _PANEL, len(a))
-        lower = np.tril(a[start:stop], start) / roots
-        unit[len(a) - stop : len(a) - start] = lower[::-1, ::-1]
+        place = slice(len(a) - stop, len(a) - start)
+        unit[place, place.start :] = (a[start:stop, :stop] / roots[:stop])[::-1, ::-1]
+        unit[place, place] = np.triu(unit[place, place])
     return unit, np.square(roots[::-1])
 
 

@@ -7,10 +7,12 @@ any affine one, of integers or of GGUF's blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora2edge.checkpoint import cores, one_blas_thread
 from lora2edge.errors import CheckpointError
 from lora2edge.quantize.factor import Factor
 from lora2edge.quantize.grid import Grid, divisors
@@ -27,25 +29,30 @@ _BLOCK = 128
 """Columns after which the later ones get their share of the errors."""
 _INNER = 32
 """The same within a block: vectors times matrix inside, one product of matrices after."""
-_SLAB_ROWS = 512
-"""Rows rounded at a time. Fixed, so that codes do not depend on the number of cores."""
+_SLAB_ELEMENTS = 1 << 24
+"""Weights rounded at a time. The walk over the columns has one thread, for which long columns are cheap; slabs on a
+thread each waited for Python's lock, and two of them took longer than one."""
+_PART_ROWS = 512
+"""Rows of one product of matrices, each on a core. Fixed, so that codes do not depend on the number of cores."""
 
 
 def gptq_codes(weights: FloatArray, grid: Grid, factor: Factor) -> Codes:
     """Codes of `weights` (`[rows, columns]` float32) on `grid`: uint8 of the same shape.
 
-    Computed on the calling thread; takes some 20 bytes a weight of 512 rows beside. Where the factor is a fall-back,
-    the nearest codes. Raises CheckpointError for a weight or a grid that is not finite.
+    Uses all cores; takes 13 bytes a weight beside, of at most 16 million weights (or 512 rows) at a time. Where the
+    factor is a fall-back, the nearest codes. Raises CheckpointError for a weight or a grid that is not finite.
     """
     _check(weights, grid)
     if factor.fallback:
         return grid.codes(weights)
     codes = np.empty(weights.shape, np.uint8)
-    for start in range(0, len(weights), _SLAB_ROWS):
-        stop = start + _SLAB_ROWS
-        slab = _Slab(weights[start:stop], factor)
-        slab.round_static(grid.rows(start, stop))
-        codes[start:stop] = slab.finished()
+    rows = max(_SLAB_ELEMENTS // weights.shape[1] // _PART_ROWS, 1) * _PART_ROWS
+    with one_blas_thread(), ThreadPoolExecutor(cores()) as pool:
+        for start in range(0, len(weights), rows):
+            stop = start + rows
+            slab = _Slab(weights[start:stop], factor, pool)
+            slab.round_static(grid.rows(start, stop))
+            codes[start:stop] = slab.finished()
     return codes
 
 
@@ -53,8 +60,8 @@ def gptq_refit(weights: FloatArray, width: int, fit: Fit, factor: Factor) -> tup
     """The same with grids that `fit` makes of the columns as they stand when their turn comes.
 
     `fit(columns, start, stop)`: `[rows, stop − start]` float32 → their grid, each `width` columns; what else it learns
-    (the bytes of a header) it keeps. Raises ValueError with activation order, whose columns come in no groups, and
-    for a `width` that is no multiple of 32.
+    (the bytes of a header) it keeps. All rows at once: 13 bytes a weight. Raises ValueError with activation order,
+    whose columns come in no groups, and for a `width` that is no multiple of 32.
     """
     columns = weights.shape[1]
     if width % _INNER or (factor.order != np.arange(columns)).any():
@@ -64,8 +71,9 @@ def gptq_refit(weights: FloatArray, width: int, fit: Fit, factor: Factor) -> tup
         grids = [fit(weights[:, start : start + width], start, start + width) for start in range(0, columns, width)]
         joined = _joined(grids)
         return joined.codes(weights), joined
-    slab = _Slab(weights, factor)
-    joined = _joined(slab.round_refitted(width, fit))
+    with one_blas_thread(), ThreadPoolExecutor(cores()) as pool:
+        slab = _Slab(weights, factor, pool)
+        joined = _joined(slab.round_refitted(width, fit))
     return slab.finished(), joined
 
 
@@ -86,13 +94,13 @@ def corrected(weights: FloatArray, difference: NDArray[Any], factor: Factor) -> 
 class _Slab:
     """Some rows while they are rounded, turned so that a column lies in one piece: `[columns, rows]`."""
 
-    def __init__(self, weights: FloatArray, factor: Factor) -> None:
+    def __init__(self, weights: FloatArray, factor: Factor, pool: ThreadPoolExecutor) -> None:
         self._factor = factor
+        self._pool = pool
         dtype = factor.unit.dtype
         self._weights = weights.T[factor.order].astype(dtype)
         self._shift = np.zeros_like(self._weights)
         """What the errors of the columns before add to each column."""
-        self._errors = np.empty((0, 0), dtype)
         self._codes = np.empty(self._weights.shape, np.uint8)
 
     def finished(self) -> Codes:
@@ -122,13 +130,26 @@ class _Slab:
         return grids
 
     def _block(self, start: int, stop: int, grid: _Turned, groups: NDArray[np.int64]) -> None:
-        unit, weights, shift = self._factor.unit, self._weights, self._shift
-        errors = np.empty((stop - start, weights.shape[1]), weights.dtype)
+        errors = np.empty((stop - start, self._weights.shape[1]), self._weights.dtype)
         for first in range(start, stop, _INNER):
             last = min(first + _INNER, stop)
-            self._columns(first, last, grid, groups, errors[first - start : last - start])
-            shift[last:stop] += unit[first:last, last:stop].T @ errors[first - start : last - start]
-        shift[stop:] += unit[start:stop, stop:].T @ errors
+            part = errors[first - start : last - start]
+            self._columns(first, last, grid, groups, part)
+            self._pass_on(part, first, slice(last, stop))
+        self._pass_on(errors, start, slice(stop, len(self._weights)))
+
+    def _pass_on(self, errors: NDArray[Any], first: int, later: slice) -> None:
+        """Adds to the `later` columns what the errors of the columns from `first` on mean for them."""
+        shares = self._factor.unit[first : first + len(errors), later].T
+        if not len(shares):
+            return
+
+        def add(start: int) -> None:
+            rows = slice(start, start + _PART_ROWS)
+            self._shift[later, rows] += shares @ errors[:, rows]
+
+        for _ in self._pool.map(add, range(0, errors.shape[1], _PART_ROWS)):
+            pass
 
     def _columns(self, first: int, last: int, grid: _Turned, groups: NDArray[np.int64], errors: NDArray[Any]) -> None:
         """Columns one after the other; every line is a pass over one column of all rows."""

@@ -14,8 +14,8 @@ from lora2edge.backends.gguf.mix import TYPES, row_bytes
 from lora2edge.errors import CheckpointError
 from lora2edge.quantize import (
     Factor,
-    Gram,
     GptqOptions,
+    Gram,
     Grid,
     RoundingLog,
     corrected,

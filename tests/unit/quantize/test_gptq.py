@@ -15,13 +15,14 @@ from lora2edge.backends.gguf.mix import TYPES, row_bytes
 from lora2edge.checkpoint import slabs
 from lora2edge.quantize import (
     Factor,
-    Gram,
     GptqOptions,
+    Gram,
     Grid,
     corrected,
     factorize,
     fit_mse,
     fit_range,
+    gptq,
     gptq_codes,
     gptq_refit,
 )
@@ -232,9 +233,11 @@ def test_codes_do_not_depend_on_cores_or_slabs(monkeypatch: pytest.MonkeyPatch) 
         return gptq_codes(weights, grid, factorize(gram.mean(), gram.tokens))
 
     first = rounded()
-    monkeypatch.setattr(slabs, "cores", lambda: 1)
-    np.testing.assert_array_equal(rounded(), first)
-    monkeypatch.setattr(slabs, "cores", lambda: 5)
+    for count in (1, 5):
+        for module in (slabs, gptq):
+            monkeypatch.setattr(module, "cores", lambda count=count: count)
+        np.testing.assert_array_equal(rounded(), first)
+    monkeypatch.setattr(gptq, "_SLAB_ELEMENTS", 1)
     np.testing.assert_array_equal(rounded(), first)
     result = factorize(mean_of(x).astype(np.float32), len(x))
     np.testing.assert_array_equal(
