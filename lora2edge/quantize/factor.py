@@ -87,8 +87,8 @@ def factorize(
 ) -> Factor:
     """Damps and factors H = XᵀX / tokens, `[columns, columns]` (`Gram.mean`).
 
-    Takes at most 12 bytes an element of H beside it. Never raises for what H holds: without a token, with inputs that are all zero or not finite, or where no damping
-    helps, the factor says so and rounds to nearest.
+    Takes at most 12 bytes an element of H beside it. Never raises for what H holds: without a token, with inputs that
+    are all zero or not finite, or where no damping helps, the factor says so and rounds to nearest.
     """
     options = options or GptqOptions()
     columns = len(mean)
