@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 256
 _PANEL = 512
+_LEAST = 1e-6
+"""The least damping to try where none was asked for and some is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Factor:
     order: NDArray[np.int64]
     """The column that comes at each place."""
     importance: FloatArray
-    """The damped diagonal of H over its mean, by column: above 0, for fitting grids (llama.cpp's imatrix)."""
+    """The diagonal of H over its mean, and damping, by column: above 0, for fitting grids (as llama.cpp's imatrix)."""
     scale: float
     """The mean diagonal of H over the channels that are not dead."""
     damping: float
@@ -113,12 +115,12 @@ def factorize(
             if damping * 10 > options.most_damping * (1 + 1e-9):
                 fallback = "factorization failed"
             else:
-                damping = max(damping * 10, 1e-6)
+                damping = max(damping * 10, _LEAST)
     return Factor(
         unit=unit,
         pivots=pivots,
         order=order,
-        importance=(diagonal + damping).astype(np.float32),
+        importance=(np.where(live, diagonal, 0) + max(damping, _LEAST)).astype(np.float32),
         scale=scale,
         damping=damping,
         dead=np.flatnonzero(~live) if not fallback else np.empty(0, np.int64),

@@ -113,6 +113,8 @@ def test_channels_that_are_always_zero_are_rounded_to_nearest() -> None:
     alone = gptq_codes(WEIGHTS[:, live], without, factorize(gram.mean(), gram.tokens))
     assert (gptq_codes(WEIGHTS, grid, factor_of(inputs))[:, live] == alone).mean() > 0.999
     assert log.entries[0].dead_channels == 3
+    # In fitting a header they count for next to nothing.
+    assert factor_of(inputs).importance[dead] == pytest.approx(0.01)
     assert log.notes() == ["3 input channels of 1 tensors were always zero: rounded to nearest there"]
 
 
@@ -200,7 +202,7 @@ def test_a_correction_that_is_not_finite_is_not_made() -> None:
 def test_the_log_adds_up_slabs_and_tensors() -> None:
     log, factor = RoundingLog(0.01), factor_of(INPUTS)
     zero = replace(GRID, step=np.zeros_like(GRID.step))
-    for tensor, grid in (("b", GRID.rows(0, 10)), ("a", zero.rows(0, 1)), ("b", zero.rows(0, 2)), ("c", GRID)):
+    for tensor, grid in (("b", zero.rows(0, 1)), ("a", zero.rows(0, 1)), ("b", zero.rows(1, 3)), ("c", GRID)):
         log.add(tensor, grid, factor)
-    assert [(entry.tensor, entry.zero_groups) for entry in log.entries] == [("a", 4), ("b", 8), ("c", 0)]
+    assert [(entry.tensor, entry.zero_groups) for entry in log.entries] == [("a", 4), ("b", 12), ("c", 0)]
     assert [entry["tensor"] for entry in log.to_json()["unusual"]] == ["a", "b"]
