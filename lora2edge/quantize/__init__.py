@@ -3,7 +3,7 @@
 from lora2edge.quantize.factor import Factor, GptqOptions, factorize
 from lora2edge.quantize.gptq import corrected, gptq_codes, gptq_refit
 from lora2edge.quantize.gram import Gram
-from lora2edge.quantize.grid import BITS, Grid, IntGrid, fit_mse, fit_range
+from lora2edge.quantize.grid import BITS, Grid, IntGrid, fit_mse, fit_range, nearest_codes
 from lora2edge.quantize.log import Rounded, RoundingLog
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "fit_range",
     "gptq_codes",
     "gptq_refit",
+    "nearest_codes",
 ]

@@ -15,7 +15,7 @@ import numpy as np
 from lora2edge.checkpoint import cores, one_blas_thread
 from lora2edge.errors import CheckpointError
 from lora2edge.quantize.factor import Factor
-from lora2edge.quantize.grid import Grid, divisors
+from lora2edge.quantize.grid import Grid, divisors, nearest_codes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +44,7 @@ def gptq_codes(weights: FloatArray, grid: Grid, factor: Factor) -> Codes:
     """
     _check(weights, grid)
     if factor.fallback:
-        return grid.codes(weights)
+        return nearest_codes(weights, grid)
     codes = np.empty(weights.shape, np.uint8)
     rows = max(_SLAB_ELEMENTS // weights.shape[1] // _PART_ROWS, 1) * _PART_ROWS
     with one_blas_thread(), ThreadPoolExecutor(cores()) as pool:
@@ -70,7 +70,7 @@ def gptq_refit(weights: FloatArray, width: int, fit: Fit, factor: Factor) -> tup
     if factor.fallback:
         grids = [fit(weights[:, start : start + width], start, start + width) for start in range(0, columns, width)]
         joined = _joined(grids)
-        return joined.codes(weights), joined
+        return nearest_codes(weights, joined), joined
     with one_blas_thread(), ThreadPoolExecutor(cores()) as pool:
         slab = _Slab(weights, factor, pool)
         joined = _joined(slab.round_refitted(width, fit))
@@ -104,7 +104,9 @@ class _Slab:
         self._codes = np.empty(self._weights.shape, np.uint8)
 
     def finished(self) -> Codes:
-        """`[rows, columns]`, in the matrix' order."""
+        """`[rows, columns]`, in the matrix' order. Raises CheckpointError where the feedback left its dtype."""
+        if not np.isfinite(self._shift).all():
+            raise _not_finite("the errors of a matrix' columns add up to NaN or infinity")
         codes = np.empty_like(self._codes)
         codes[self._factor.order] = self._codes
         return np.ascontiguousarray(codes.T)
@@ -146,7 +148,8 @@ class _Slab:
 
         def add(start: int) -> None:
             rows = slice(start, start + _PART_ROWS)
-            self._shift[later, rows] += shares @ errors[:, rows]
+            with np.errstate(over="ignore", invalid="ignore"):  # found when all is finished
+                self._shift[later, rows] += shares @ errors[:, rows]
 
         for _ in self._pool.map(add, range(0, errors.shape[1], _PART_ROWS)):
             pass
@@ -195,4 +198,10 @@ def _check(weights: FloatArray, grid: Grid | None) -> None:
         what = "the grid of a block is NaN or infinite"
     else:
         return
-    raise CheckpointError("rounding-not-finite", what, why="the weights leave the range of the block's scale")
+    raise _not_finite(what)
+
+
+def _not_finite(what: str) -> CheckpointError:
+    return CheckpointError(
+        "rounding-not-finite", what, why="the weights leave the range of a block's scale, or float32"
+    )

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lora2edge.checkpoint import in_order
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from lora2edge.contracts import FloatArray
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
 BITS = (2, 3, 4, 8)
+_SLAB_ELEMENTS = 1 << 20
+"""Weights that a core takes at a time."""
 _SHRINK = tuple(1 - 0.01 * step for step in range(51))
 """Shares of a block's range that the clipping search tries: clipping half of it has never been the best."""
 _TINY = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
@@ -106,7 +112,7 @@ def fit_range(
     magnitude / (2^(bits − 1) − 1), so that the grid is as wide on both sides: the int8 weights of ONNX Runtime and
     TensorRT. Asymmetric: the range is widened to hold 0, and 0 is exactly a grid value.
     """
-    return _fit(weights, bits, group, symmetric, narrow, scale_dtype, (1.0,), None)
+    return _fit_slabs(weights, bits, group, symmetric, narrow, scale_dtype, (1.0,), None)
 
 
 def fit_mse(
@@ -124,7 +130,19 @@ def fit_mse(
     `importance`: `[columns]` weights of the squares, such as the mean squares of the inputs. Never above the error of
     `fit_range`, which is among what is tried.
     """
-    return _fit(weights, bits, group, symmetric, narrow, scale_dtype, _SHRINK, importance)
+    return _fit_slabs(weights, bits, group, symmetric, narrow, scale_dtype, _SHRINK, importance)
+
+
+def nearest_codes(weights: FloatArray, grid: Grid) -> Codes:
+    """Round-to-nearest: `Grid.codes` of all rows, on all cores, with the memory of a slab a core."""
+    codes = np.empty(weights.shape, np.uint8)
+
+    def round_slab(rows: slice) -> None:
+        codes[rows] = grid.rows(rows.start, rows.stop).codes(weights[rows])
+
+    for _ in in_order(round_slab, _slabs(weights)):
+        pass
+    return codes
 
 
 def spread(of_groups: NDArray[np.generic], width: int, columns: int) -> FloatArray:
@@ -135,6 +153,31 @@ def spread(of_groups: NDArray[np.generic], width: int, columns: int) -> FloatArr
 def divisors(step: FloatArray) -> FloatArray:
     """What to divide by: the step, and infinity instead of 0, so that such a block's codes are 0 (or the lowest)."""
     return np.where(step == 0, np.float32(np.inf), step)
+
+
+def _slabs(weights: FloatArray) -> Iterator[slice]:
+    rows = max(_SLAB_ELEMENTS // weights.shape[1], 1)
+    return (slice(start, start + rows) for start in range(0, len(weights), rows))
+
+
+def _fit_slabs(
+    weights: FloatArray,
+    bits: int,
+    group: int | None,
+    symmetric: bool,
+    narrow: bool,
+    scale_dtype: ScaleDtype,
+    shares: tuple[float, ...],
+    importance: FloatArray | None,
+) -> IntGrid:
+    """`_fit` of all rows, on all cores, with the memory of a slab a core."""
+
+    def fit_slab(rows: slice) -> IntGrid:
+        return _fit(weights[rows], bits, group, symmetric, narrow, scale_dtype, shares, importance)
+
+    grids = [grid for _, grid in in_order(fit_slab, _slabs(weights))]
+    scales, zeros = (np.concatenate([getattr(grid, name) for grid in grids]) for name in ("scales", "zeros"))
+    return IntGrid(bits, scales, zeros, grids[0].width, grids[0].low)
 
 
 def _fit(

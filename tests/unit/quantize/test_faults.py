@@ -193,6 +193,14 @@ def test_weights_and_grids_that_are_not_finite_are_refused() -> None:
         assert caught.value.code == "rounding-not-finite"
 
 
+def test_feedback_that_leaves_float32_is_refused() -> None:
+    weights = WEIGHTS * np.float32(1e37)
+    factor = factor_of(np.exp(5 * INPUTS[:1]), GptqOptions(damping=1e-6))
+    with pytest.raises(CheckpointError) as caught, np.errstate(over="ignore", invalid="ignore"):
+        gptq_codes(weights, fit_range(weights, 4, 64).affine, factor)
+    assert caught.value.code == "rounding-not-finite"
+
+
 def test_a_correction_that_is_not_finite_is_not_made() -> None:
     difference = np.full((COLUMNS, COLUMNS), 1e38, np.float32)
     assert corrected(WEIGHTS, difference, factor_of(INPUTS)) is WEIGHTS

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora2edge.quantize import BITS, fit_mse, fit_range
+from lora2edge.quantize import BITS, fit_mse, fit_range, nearest_codes
+from lora2edge.quantize import grid as grids
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
@@ -130,6 +131,18 @@ def test_tiny_weights_stay_finite() -> None:
                 grid = fit_range(weights, 4, scale_dtype=scale_dtype, symmetric=symmetric)  # type: ignore[arg-type]
                 assert (grid.scales > 0).all()
                 assert np.isfinite(grid.values(grid.affine.codes(weights))).all()
+
+
+def test_slabs_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, importance = weights_of(6, 50), np.random.default_rng(0).exponential(size=200).astype(np.float32)
+    whole = fit_mse(weights, 4, 64, symmetric=False, importance=importance)
+    codes = nearest_codes(weights, whole.affine)
+    np.testing.assert_array_equal(codes, whole.affine.codes(weights))
+    monkeypatch.setattr(grids, "_SLAB_ELEMENTS", 7 * 200)
+    cut = fit_mse(weights, 4, 64, symmetric=False, importance=importance)
+    np.testing.assert_array_equal(cut.scales, whole.scales)
+    np.testing.assert_array_equal(cut.zeros, whole.zeros)
+    np.testing.assert_array_equal(nearest_codes(weights, cut.affine), codes)
 
 
 def test_no_grid_of_five_bits() -> None:
