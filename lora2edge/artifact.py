@@ -11,10 +11,9 @@ from typing import Any
 
 from lora2edge.adapters import MergedCheckpoint
 from lora2edge.backends.base import load_backend
-from lora2edge.backends.slabs import cores
 from lora2edge.bench.machine import describe
 from lora2edge.cache import stage_key
-from lora2edge.checkpoint import reading_ahead
+from lora2edge.checkpoint import cores, reading_ahead
 from lora2edge.contracts import MANIFEST, Artifact, Calibration, Manifest, Progress
 from lora2edge.errors import InputError
 from lora2edge.journal import read_marks, resumable_folder

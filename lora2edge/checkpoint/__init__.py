@@ -7,6 +7,7 @@ from lora2edge.checkpoint.modules import ExpertPlace, expert_place
 from lora2edge.checkpoint.quantized import BnbSettings, RequantizedCheckpoint, linear_names, requantized
 from lora2edge.checkpoint.readahead import read_ahead, reading_ahead, window_bytes
 from lora2edge.checkpoint.reader import TensorReader
+from lora2edge.checkpoint.slabs import cores, in_order
 from lora2edge.checkpoint.source import Source, missing_source, read_json_file, resolve_source
 from lora2edge.checkpoint.stored import (
     StoredCheckpoint,
@@ -40,12 +41,14 @@ __all__ = [
     "TensorReader",
     "all_finite",
     "check_vocabulary",
+    "cores",
     "decode",
     "embedding_name",
     "encode_finite",
     "encode_rows",
     "expert_place",
     "head_name",
+    "in_order",
     "linear_names",
     "merge_tokenizer_files",
     "missing_source",

@@ -14,7 +14,7 @@ from lora2edge.backends.gguf.container import Stored, read_header
 from lora2edge.backends.gguf.mix import TYPES, row_bytes
 from lora2edge.backends.gguf.model import Planned, layer_of
 from lora2edge.backends.gguf.write import Slab, read_slab, slabs, transformed
-from lora2edge.backends.slabs import in_order
+from lora2edge.checkpoint import in_order
 from lora2edge.contracts import Checkpoint, Progress, TensorDamage
 from lora2edge.errors import CheckpointError
 

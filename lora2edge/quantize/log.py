@@ -1,0 +1,107 @@
+"""What was done to each tensor, where its inputs or weights were not sound as well: for the manifest."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora2edge.quantize.factor import Factor
+from lora2edge.quantize.grid import Grid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """One tensor's entry."""
+
+    tensor: str
+    method: str
+    """`gptq` or `nearest`."""
+    damping: float | None
+    """What the factorization needed, as a share of H's mean diagonal."""
+    tokens: int
+    dropped_tokens: int
+    """Tokens with an input that was not finite."""
+    dead_channels: int
+    """Input channels that were always zero."""
+    zero_groups: int
+    """Groups of weights whose step is 0."""
+    fallback: str | None
+    """Why the tensor was rounded to nearest."""
+
+
+class RoundingLog:
+    """Collects entries from all threads; the same for any order in which slabs are finished."""
+
+    def __init__(self, damping: float) -> None:
+        self._damping = damping
+        self._factors: dict[str, Factor] = {}
+        self._zero_groups: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, tensor: str, grid: Grid, factor: Factor) -> None:
+        """Some rows of `tensor` were rounded on `grid`."""
+        zero = int(np.count_nonzero(grid.step == 0))
+        with self._lock:
+            self._factors[tensor] = factor
+            self._zero_groups[tensor] += zero
+
+    @property
+    def entries(self) -> Sequence[Rounded]:
+        """By the tensors' names."""
+        return [
+            Rounded(
+                tensor=tensor,
+                method="nearest" if factor.fallback else "gptq",
+                damping=None if factor.fallback else factor.damping,
+                tokens=factor.tokens,
+                dropped_tokens=factor.dropped_tokens,
+                dead_channels=len(factor.dead),
+                zero_groups=self._zero_groups[tensor],
+                fallback=factor.fallback,
+            )
+            for tensor, factor in sorted(self._factors.items())
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, and the entries of the tensors where something was not as usual."""
+        entries = self.entries
+        unusual = [entry for entry in entries if self._is_unusual(entry)]
+        return {
+            "tensors": len(entries),
+            "by_method": dict(sorted(Counter(entry.method for entry in entries).items())),
+            "unusual": [asdict(entry) for entry in unusual],
+        }
+
+    def notes(self) -> list[str]:
+        """What the user should know: a line for each kind of fault, with its count."""
+        entries = self.entries
+        lines = []
+        for reason, count in sorted(Counter(entry.fallback for entry in entries if entry.fallback).items()):
+            lines.append(f"{count} of {len(entries)} tensors were rounded to nearest, without GPTQ: {reason}")
+        raised = [entry for entry in entries if entry.damping is not None and entry.damping > self._damping]
+        if raised:
+            most = max(entry.damping or 0 for entry in raised)
+            lines.append(f"{len(raised)} tensors needed more damping than {self._damping:g}, up to {most:g}")
+        dropped = [entry for entry in entries if entry.dropped_tokens]
+        if dropped:
+            most_dropped = max(entry.dropped_tokens for entry in dropped)
+            lines.append(
+                f"the inputs of {len(dropped)} tensors were NaN or infinite for up to {most_dropped} calibration "
+                "tokens, which were left out"
+            )
+        dead = [entry for entry in entries if entry.dead_channels]
+        if dead:
+            channels = sum(entry.dead_channels for entry in dead)
+            lines.append(f"{channels} input channels of {len(dead)} tensors were always zero: rounded to nearest there")
+        return lines
+
+    def _is_unusual(self, entry: Rounded) -> bool:
+        sound = entry.damping is not None and entry.damping <= self._damping
+        return not sound or bool(entry.dropped_tokens or entry.dead_channels or entry.zero_groups)
