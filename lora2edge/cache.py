@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge.errors import OutputError
+from lora2edge.journal import resumable_folder
 from lora2edge.storage import atomic_folder, digest, sha256_file
 
 _RECORD = "stage.json"
@@ -66,14 +67,16 @@ class Cache:
         return found if found and found.is_intact() else None
 
     @contextlib.contextmanager
-    def writing(self, stage: str, key: str) -> Iterator[Path]:
+    def writing(self, stage: str, key: str, *, resumable: bool = False) -> Iterator[Path]:
         """An empty folder that becomes the entry `key` of `stage` when the block ends without an error.
 
-        Where another process finished the same stage meanwhile, its entry stays: somebody may be reading it.
+        Where another process finished the same stage meanwhile, its entry stays: somebody may be reading it. With
+        `resumable` it is a folder of `journal.resumable_folder`, which holds what a killed block finished; not where
+        another process is at work in that one.
         """
         started = time.monotonic()
         try:
-            with atomic_folder(self.root / stage / key[:32]) as folder:
+            with self._folder(self.root / stage / key[:32], key, resumable) as folder:
                 yield folder
                 record = {
                     "stage": stage,
@@ -90,6 +93,17 @@ class Cache:
         except OutputError as error:
             hint = "free space there, or choose another cache: export LORA2EDGE_CACHE=FOLDER"
             raise OutputError(error.code, error.what, why=error.why, hint=hint) from error
+
+    @contextlib.contextmanager
+    def _folder(self, path: Path, key: str, resumable: bool) -> Iterator[Path]:
+        with contextlib.ExitStack() as held:
+            try:
+                folder = held.enter_context(resumable_folder(path, key) if resumable else atomic_folder(path))
+            except OutputError as error:
+                if error.code != "out-busy":
+                    raise
+                folder = held.enter_context(atomic_folder(path))
+            yield folder
 
     def entry(self, stage: str, key: str) -> Entry:
         """The entry that was just written."""

@@ -197,11 +197,11 @@ class LayeredModel:
 
         tied = self.model.get_parameter(f"{self.head}.weight") if self.head else None
         modules = {}
-        for path, module in self.modules.items():
+        for at, module in self.modules.items():
             if isinstance(module, torch.nn.Linear):
-                modules[f"{path}.weight"] = path
+                modules[f"{at}.weight"] = at
             elif self.head and isinstance(module, torch.nn.Embedding) and module.weight is tied:
-                modules[f"{path}.weight"] = self.head
+                modules[f"{at}.weight"] = self.head
         found = {}
         for name, info in self.view.tensors.items():
             if place := expert_place(self.view.config, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,14 +95,20 @@ class Recorder:
             self._note(self._model.head, inputs, None)
 
     def results(self, layer: int) -> dict[str, ChannelStats]:
-        """By checkpoint tensor, for those that run with `layer`. Raises DataError where one is not finite."""
-        found = {}
+        """By checkpoint tensor, for those that run with `layer`.
+
+        Raises DataError where one is not finite: of what ran first, the rest follows from it.
+        """
+        found: dict[str, ChannelStats] = {}
+        keys: dict[str, list[str]] = {}
         for name, owner in self._model.owners.items():
             if owner.layer != layer:
                 continue
             key = owner.path if owner.expert is None else f"{owner.path}:{owner.expert}"
             rows = slice(0, None) if owner.expert is None else slice(*_part(owner.part, owner.info.shape[0]))
             found[name] = _stats(self._inputs.get(key), self._outputs.get(key), owner.info.shape[1], rows)
+            keys.setdefault(key, []).append(name)
+        for name in itertools.chain.from_iterable(keys.get(key, ()) for key in self._inputs):
             _check(name, found[name])
         return found
 
@@ -145,7 +152,7 @@ class Recorder:
             known.update({stack[expert].data_ptr(): f"{path}:{expert}" for expert in range(len(stack))})
         recorder = self
 
-        class Products(torch.overrides.TorchFunctionMode):
+        class Products(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
             def __torch_function__(self, call: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
                 output = call(*arguments, **(named or {}))
                 if call is torch.nn.functional.linear and (key := known.get(arguments[1].data_ptr())):

@@ -147,7 +147,7 @@ class _Rows:
         dtype, seen = model.model.dtype, batch.seen()
         width = model.model.config.get_text_config().hidden_size
         raw = np.empty(batch.tokens * width * dtype.itemsize, np.uint8)
-        if os.preadv(self._handle, [raw], self._offset) != len(raw):
+        if os.preadv(self._handle, [raw.data], self._offset) != len(raw):
             raise OSError(f"a file of the calibration pass is too short at {self._offset}")
         self._offset += len(raw)
         hidden = torch.zeros(*seen.shape, width, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -18,13 +19,14 @@ from lora2edge.checkpoint import decode
 from lora2edge.contracts import ChannelStats, Sample
 from lora2edge.errors import DataError
 from lora2edge.storage import digest, sha256_file, write_json
-from lora2edge.texts import read_samples, samples_digest, write_samples
+from lora2edge.texts import describe_coverage, read_samples, samples_digest, write_samples
 
 if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
 
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\..+")
 _SCHEMA = 2
-_SAMPLES, _MANIFEST = "samples.jsonl", "manifest.json"
+_SAMPLES, _COVERAGE, _MANIFEST = "samples.jsonl", "coverage.json", "manifest.json"
 
 
 def stats_name(layer: int) -> str:
@@ -68,6 +70,30 @@ class StoredCalibration:
     def counts(self) -> dict[str, int]:
         """Tokens that each weight saw."""
         return {name: count for name, (_, count) in self._places.items()}
+
+    def experts(self) -> dict[str, Any] | None:
+        """How many tokens the experts saw, JSON-ready; None where there are none.
+
+        `stacks` of a mixture's experts, `experts` in all of them, `unseen`: `layer: experts` that no token was sent to;
+        `fewest` and `most` tokens of one.
+        """
+        counts: dict[tuple[str, int], int] = {}
+        for name, count in self.counts.items():
+            if found := _EXPERT.fullmatch(name):
+                counts[found[1], int(found[2])] = count
+        if not counts:
+            return None
+        unseen: dict[str, list[int]] = {}
+        for (stack, expert), count in counts.items():
+            if not count:
+                unseen.setdefault(stack, []).append(expert)
+        return {
+            "stacks": len({stack for stack, _ in counts}),
+            "experts": len(counts),
+            "unseen": {stack: sorted(experts) for stack, experts in unseen.items()},
+            "fewest": min(counts.values()),
+            "most": max(counts.values()),
+        }
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -129,7 +155,11 @@ def store(
         "files": files,
     }
     write_json(folder / _MANIFEST, manifest)
-    return StoredCalibration(folder, manifest)
+    done = StoredCalibration(folder, manifest)
+    tokens = sum(len(sample.ids) for sample in samples)
+    about = {"items": len(samples), "tokens": tokens, **describe_coverage(samples), "experts": done.experts()}
+    write_json(folder / _COVERAGE, about)
+    return done
 
 
 def open_calibration(path: Path) -> StoredCalibration:
@@ -154,7 +184,7 @@ def pack_stats(stats: Mapping[str, ChannelStats]) -> bytes:
             for field in fields(ChannelStats):
                 if (value := getattr(found, field.name)) is not None:
                     with archive.open(zipfile.ZipInfo(f"{name}/{field.name}.npy"), "w") as file:
-                        np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)  # type: ignore[arg-type]
+                        np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
     return memory.getvalue()
 
 

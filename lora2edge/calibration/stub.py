@@ -19,7 +19,7 @@ def make_stub(model: Running, index: int, layer: Any) -> Any:
     the layer's. In a cache it leaves keys and values of width one: how long the cache is, is read from any layer."""
     import torch
 
-    class Stub(torch.nn.Module):
+    class Stub(torch.nn.Module):  # type: ignore[misc]
         def __getattr__(self, name: str) -> Any:
             try:
                 return super().__getattr__(name)
