@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lora2edge.calibration.layers import Batch, LayeredModel
+from lora2edge.calibration.layers import Batch, LayeredModel, Owner
 from lora2edge.contracts import QUANTILES, ChannelStats
 from lora2edge.errors import DataError
 
@@ -56,15 +56,23 @@ class Recorder:
         self._shape = (0, 0)
         self._times = 1
         self._seen: Any = None
-        self._last: _Found | None = None
-        """Of the inputs that were seen last."""
+        self._last: Any = None
+        """Of the inputs that were seen last: what was found, or, for a visit, the inputs without padding."""
+        self._visit: Callable[[str, Any, int], None] | None = None
+        self._names: dict[str, list[str]] = {}
+        for name, owner in model.owners.items():
+            self._names.setdefault(_key(owner), []).append(name)
 
     @contextlib.contextmanager
-    def watching(self, layer: int) -> Iterator[None]:
-        """Within the block the modules that run with `layer` are watched."""
+    def watching(self, layer: int, visit: Callable[[str, Any, int], None] | None = None) -> Iterator[None]:
+        """Within the block the modules that run with `layer` are watched.
+
+        With `visit` no statistics are taken: it is called with a tensor's name, its inputs without padding, and how
+        many times these count.
+        """
         import torch
 
-        self._inputs, self._outputs = {}, {}
+        self._inputs, self._outputs, self._visit = {}, {}, visit
         with contextlib.ExitStack() as hooks:
             stacks: dict[str, list[str]] = {}
             for path, at in self._keys.items():
@@ -104,7 +112,7 @@ class Recorder:
         for name, owner in self._model.owners.items():
             if owner.layer != layer:
                 continue
-            key = owner.path if owner.expert is None else f"{owner.path}:{owner.expert}"
+            key = _key(owner)
             rows = slice(0, None) if owner.expert is None else slice(*_part(owner.part, owner.info.shape[0]))
             found[name] = _stats(self._inputs.get(key), self._outputs.get(key), owner.info.shape[1], rows)
             keys.setdefault(key, []).append(name)
@@ -115,8 +123,17 @@ class Recorder:
     def _note(self, key: str, inputs: Any, outputs: Any, *, chosen: bool = False) -> None:
         """`chosen`: there is no padding in it."""
         if self._seen is None or inputs is not self._seen:  # q, k and v, or gate and up, are given the same one
-            self._seen, self._last = inputs, self._measure(inputs, chosen, squared=True)
-        assert self._last is not None
+            self._seen = inputs
+            if self._visit is not None:
+                rows, tokens = self._rows(inputs, chosen)
+                self._last = rows.index_select(0, tokens)
+            else:
+                self._last = self._measure(inputs, chosen, squared=True)
+        if self._visit is not None:
+            for name in self._names[key]:
+                self._visit(name, self._last, self._times)
+            return
+        assert isinstance(self._last, _Found)
         _put(self._inputs, key, self._last, self._times)
         if outputs is not None:
             _put(self._outputs, key, self._measure(outputs, chosen, squared=False), self._times)
@@ -125,10 +142,8 @@ class Recorder:
         """Slabs of rows that stay in the processor's cache."""
         import torch
 
-        rows = values.detach().reshape(-1, values.shape[-1])
+        rows, tokens = self._rows(values, chosen)
         width = rows.shape[-1]
-        batch = values.shape[:2] == self._shape or values.shape[0] == self._shape[0] * self._shape[1]
-        tokens = self._tokens if batch and not chosen else torch.arange(len(rows), device=rows.device)
         squares = torch.zeros(width, dtype=torch.float32, device=rows.device)
         maxima = torch.zeros(width, dtype=torch.float32, device=rows.device)
         for slab in tokens.split(_SLAB_ROWS):
@@ -140,6 +155,14 @@ class Recorder:
         sampled = rows.index_select(0, tokens[::_SAMPLED]).float().abs_().flatten()
         bins = torch.bincount(sampled.view(torch.int32) >> 16, minlength=_BINS)
         return _Found(squares.double() if squared else None, maxima, bins, len(tokens))
+
+    def _rows(self, values: Any, chosen: bool) -> tuple[Any, Any]:
+        """`values` as rows, and which of them are tokens."""
+        import torch
+
+        rows = values.reshape(-1, values.shape[-1])
+        batch = values.shape[:2] == self._shape or values.shape[0] == self._shape[0] * self._shape[1]
+        return rows, self._tokens if batch and not chosen else torch.arange(len(rows), device=rows.device)
 
     @contextlib.contextmanager
     def _watching_experts(self, module: Any, parameters: list[str]) -> Iterator[None]:
@@ -179,6 +202,10 @@ def _put(found: dict[str, _Found], key: str, new: _Found, times: int) -> None:
         squares = None if new.squares is None else new.squares * 0
         found[key] = _Found(squares, new.maxima * 0, new.bins * 0, 0)
     found[key].add(new, times)
+
+
+def _key(owner: Owner) -> str:
+    return owner.path if owner.expert is None else f"{owner.path}:{owner.expert}"
 
 
 def _part(part: int, rows: int) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def find_overlap(calibration: Sequence[Sample], test: Sequence[Sample]) -> dict[
     What all samples begin with (template, system prompt) is left out. `share` of the test samples' stretches,
     `mostly`: test samples of which at least half is there, `warning` where there are any.
     """
-    rows = [sample.ids for sample in (*calibration, *test)]
+    rows = [sample.ids[:-1] for sample in (*calibration, *test)]
     pairs = zip(min(rows, default=()), max(rows, default=()), strict=False)  # in the order of a dictionary
     start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     known = set(itertools.chain.from_iterable(_grams(sample, start) for sample in calibration))
