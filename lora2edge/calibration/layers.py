@@ -132,7 +132,7 @@ class LayeredModel:
         self.loaded = index
 
     def drop(self) -> None:
-        """Gives back the memory of the layer that is loaded."""
+        """Puts the stub in the place of the layer that is loaded, and its memory aside for the next one."""
         if self.loaded is None:
             return
         self._list[self.loaded] = self._stubs[self.loaded]
@@ -140,6 +140,7 @@ class LayeredModel:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[key] = _parameter(parameter.to("meta"))
+                    self._spare.setdefault((parameter.shape, parameter.dtype), []).append(parameter.data)
         self.loaded = None
 
     def run(self, batch: Batch, hidden: Any, *, prefix: Any = None, keep: bool = False) -> tuple[Any, Any, Any]:
@@ -223,6 +224,8 @@ class LayeredModel:
     def _load_ends(self) -> None:
         """All that is in no layer; of the embedding the rows that occur, of a causal model no output layer."""
         self._forgotten = False
+        self._spare: dict[Any, list[Any]] = {}
+        """Memory of the layer before, by shape and dtype: given back and asked for again it would scatter."""
         self._compact = self._compact_embedding()
         kept = {f"{self._compact}.weight"} if self._compact else set()
         if self.causal and self.head:
@@ -244,7 +247,8 @@ class LayeredModel:
                 if parameter.is_meta:
                     fresh = real.get(id(parameter))
                     if fresh is None:
-                        fresh = _parameter(torch.empty_like(parameter, device=self.device))
+                        spare = self._spare.get((parameter.shape, parameter.dtype))
+                        fresh = _parameter(spare.pop() if spare else torch.empty_like(parameter, device=self.device))
                         real[id(parameter)] = fresh
                     part._parameters[key] = fresh
                 targets[name] = part._parameters[key]

