@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge.errors import OutputError
-from lora2edge.journal import resumable_folder
-from lora2edge.storage import atomic_folder, digest, sha256_file
+from lora2edge.journal import JOURNAL, resumable_folder
+from lora2edge.storage import atomic_folder, digest, remove_unlocked, sha256_file
 
 _RECORD = "stage.json"
 _LIBRARIES = (
@@ -118,11 +118,14 @@ class Cache:
         return sorted((entry for entry in found if entry), key=lambda entry: entry.measured_at)
 
     def prune(self, older_than_days: float) -> list[Entry]:
-        """Removes entries that are older; returns them."""
+        """Removes entries that are older, and what killed stages left longer ago; returns the entries."""
         limit = time.time() - older_than_days * 86400
         old = [entry for entry in self.entries() if datetime.fromisoformat(entry.measured_at).timestamp() < limit]
         for entry in old:
             shutil.rmtree(entry.path, ignore_errors=True)
+        for journal in self.root.glob(f"*/.*.resume/{JOURNAL}"):
+            if journal.stat().st_mtime < limit:
+                remove_unlocked(journal.parent)
         return old
 
 

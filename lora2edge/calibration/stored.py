@@ -75,7 +75,7 @@ class StoredCalibration:
         """How many tokens the experts saw, JSON-ready; None where there are none.
 
         `stacks` of a mixture's experts, `experts` in all of them, `unseen`: `layer: experts` that no token was sent to;
-        `fewest` and `most` tokens of one.
+        `fewest` and `most` tokens of one, `warning` where one saw none.
         """
         counts: dict[tuple[str, int], int] = {}
         for name, count in self.counts.items():
@@ -87,13 +87,17 @@ class StoredCalibration:
         for (stack, expert), count in counts.items():
             if not count:
                 unseen.setdefault(stack, []).append(expert)
-        return {
+        told: dict[str, Any] = {
             "stacks": len({stack for stack, _ in counts}),
             "experts": len(counts),
             "unseen": {stack: sorted(experts) for stack, experts in unseen.items()},
             "fewest": min(counts.values()),
             "most": max(counts.values()),
         }
+        if unseen:
+            missed = sum(map(len, unseen.values()))
+            told["warning"] = f"{missed} of {len(counts)} experts saw no token: nothing weighs their rounding errors"
+        return told
 
     @functools.cached_property
     def layout(self) -> Layout:

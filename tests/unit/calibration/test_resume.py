@@ -89,6 +89,17 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
     assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
 
 
+def test_prune_removes_what_a_killed_pass_left(tmp_path: Path) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "llama", layers=LAYERS))
+    killed_at(2, 0, view, tmp_path / "out")
+    cache = Cache(tmp_path / "out")
+    cache.prune(older_than_days=1)
+    (left,) = cache.root.glob("*/*.resume")
+    os.utime(left / "journal.jsonl", (0, 0))
+    cache.prune(older_than_days=1)
+    assert not left.exists()
+
+
 def test_damaged_leftovers_are_not_gone_on_with(tmp_path: Path) -> None:
     view = open_checkpoint(make_checkpoint(tmp_path / "base", "llama", layers=LAYERS))
     run(view, tmp_path / "undisturbed")
