@@ -12,7 +12,7 @@ from lora2edge.calibration import StoredCalibration, calibrate
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Checkpoint, Sample
 from lora2edge.progress import SILENT
-from tests.architectures import ARCHITECTURES, make_model
+from tests.architectures import ARCHITECTURES, Architecture, make_model
 from tests.unit.calibration.whole import run_whole, samples
 
 
@@ -163,3 +163,36 @@ def test_only_what_is_needed_is_read(tmp_path: Path) -> None:
     assert read.pop("model.embed_tokens.weight") <= 20
     assert read == {name: view.tensors[name].shape[0] for name in read}
     assert set(read) == set(view.tensors) - {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+def test_a_model_without_a_plain_list_of_layers_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers share weights, keys or values, all of them are one."""
+    monkeypatch.setattr("lora2edge.calibration.layers._find_layers", lambda model: ("", None))
+    for name in ("gemma3", "qwen3_moe", "bert"):
+        make_model(ARCHITECTURES[name], tmp_path / name)
+        view, texts = open_checkpoint(tmp_path / name), samples(20, vocab=370)
+        expected = run_whole(view, texts)
+        found = run(view, texts, tmp_path / f"{name}.out")
+        assert found.layers == 1
+        for tensor in found.names:
+            values = next((expected[home] for home in view.module_names(tensor) if home in expected), None)
+            if values is not None:
+                mean = np.square(values, dtype=np.float64).mean(0)
+                np.testing.assert_allclose(found.vectors(tensor).mean_square, mean, rtol=1e-6)
+
+
+def test_distilbert(tmp_path: Path) -> None:
+    settings = {"vocab_size": 384, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "num_labels": 3,
+                "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+    architecture = Architecture(
+        "DistilBertForSequenceClassification", "DistilBertConfig", settings, (), (), "word_embeddings", "classifier"
+    )
+    make_model(architecture, tmp_path)
+    view, texts = open_checkpoint(tmp_path), samples(vocab=370)
+    expected = run_whole(view, texts)
+    found = run(view, texts, tmp_path / "out")
+    assert found.layers == 2
+    assert set(found.names) == set(expected) - {"layer 0", "layer 1"}
+    for tensor in found.names:
+        mean = np.square(expected[tensor], dtype=np.float64).mean(0)
+        np.testing.assert_allclose(found.vectors(tensor).mean_square, mean, rtol=1e-6)
