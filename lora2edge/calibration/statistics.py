@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import os
 from collections.abc import Sequence
@@ -26,6 +28,9 @@ from lora2edge.calibration.stored import (
 from lora2edge.contracts import ChannelStats, Checkpoint, Progress, Sample
 from lora2edge.errors import DataError
 from lora2edge.journal import GrowingFile, Journal
+
+_TRIM_LAYERS = 4
+"""After so many layers memory is given back; touching it again costs a little."""
 
 
 def calibrate(
@@ -68,6 +73,8 @@ def calibrate(
         for layer in range(done, model.count):
             _run_layer(model, layer, recorder, layout, journal, layer_inputs)
             progress.advance()
+            if layer % _TRIM_LAYERS == _TRIM_LAYERS - 1:
+                _give_back()
         model.drop()
     progress.finish()
     places: dict[str, tuple[int, int]] = {}
@@ -76,6 +83,12 @@ def calibrate(
         places.update((name, (layer, stats[name].count)) for name in stats)
     in_order = {name: places[name] for name in view.tensors if name in places}
     return store(folder, samples, in_order, layout.prefix, model.count, kept=layer_inputs)
+
+
+def _give_back() -> None:
+    """Freed memory that glibc keeps between blocks in use, more with every layer, goes back to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _finished(journal: Journal, count: int, layer_inputs: bool) -> int:
