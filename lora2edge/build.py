@@ -89,7 +89,7 @@ def build(
             "command": shlex.join(["lora2edge", *sys.argv[1:]]),
             "started_at": started_at,
             "machine": describe(),
-            "inputs": describe_inputs(plan, texts),
+            "inputs": _with_experts(describe_inputs(plan, texts), calibration),
             "merge_base": merge_base,
             "merge": proof.noted(),
             "baseline": reference.noted(),
@@ -99,6 +99,14 @@ def build(
         }
         write_report(report, out)
     return BuildResult(out, report, report["exit_code"])
+
+
+def _with_experts(inputs: dict[str, Any], calibration: Finished) -> dict[str, Any]:
+    """What the calibration text covers of a mixture of experts, where the model is one."""
+    if experts := calibration.result["experts"]:
+        data = inputs["data"]
+        inputs["data"] = {**data, "calibration": {**data["calibration"], "experts": experts}}
+    return inputs
 
 
 def plan_whole(recipe: Recipe, *, force: bool = False) -> tuple[Plan, Path]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge.errors import OutputError
-from lora2edge.storage import atomic_folder, digest, sha256_file
+from lora2edge.journal import JOURNAL, resumable_folder
+from lora2edge.storage import atomic_folder, digest, remove_unlocked, sha256_file
 
 _RECORD = "stage.json"
 _LIBRARIES = (
@@ -66,14 +67,16 @@ class Cache:
         return found if found and found.is_intact() else None
 
     @contextlib.contextmanager
-    def writing(self, stage: str, key: str) -> Iterator[Path]:
+    def writing(self, stage: str, key: str, *, resumable: bool = False) -> Iterator[Path]:
         """An empty folder that becomes the entry `key` of `stage` when the block ends without an error.
 
-        Where another process finished the same stage meanwhile, its entry stays: somebody may be reading it.
+        Where another process finished the same stage meanwhile, its entry stays: somebody may be reading it. With
+        `resumable` it is a folder of `journal.resumable_folder`, which holds what a killed block finished; not where
+        another process is at work in that one.
         """
         started = time.monotonic()
         try:
-            with atomic_folder(self.root / stage / key[:32]) as folder:
+            with self._folder(self.root / stage / key[:32], key, resumable) as folder:
                 yield folder
                 record = {
                     "stage": stage,
@@ -91,6 +94,17 @@ class Cache:
             hint = "free space there, or choose another cache: export LORA2EDGE_CACHE=FOLDER"
             raise OutputError(error.code, error.what, why=error.why, hint=hint) from error
 
+    @contextlib.contextmanager
+    def _folder(self, path: Path, key: str, resumable: bool) -> Iterator[Path]:
+        with contextlib.ExitStack() as held:
+            try:
+                folder = held.enter_context(resumable_folder(path, key) if resumable else atomic_folder(path))
+            except OutputError as error:
+                if error.code != "out-busy":
+                    raise
+                folder = held.enter_context(atomic_folder(path))
+            yield folder
+
     def entry(self, stage: str, key: str) -> Entry:
         """The entry that was just written."""
         found = _read(self.root / stage / key[:32], reused=False)
@@ -104,11 +118,14 @@ class Cache:
         return sorted((entry for entry in found if entry), key=lambda entry: entry.measured_at)
 
     def prune(self, older_than_days: float) -> list[Entry]:
-        """Removes entries that are older; returns them."""
+        """Removes entries that are older, and what killed stages left longer ago; returns the entries."""
         limit = time.time() - older_than_days * 86400
         old = [entry for entry in self.entries() if datetime.fromisoformat(entry.measured_at).timestamp() < limit]
         for entry in old:
             shutil.rmtree(entry.path, ignore_errors=True)
+        for journal in self.root.glob(f"*/.*.resume/{JOURNAL}"):
+            if journal.stat().st_mtime < limit:
+                remove_unlocked(journal.parent)
         return old
 
 

@@ -207,14 +207,26 @@ class Sample:
 # ---------------------------------------------------------------- calibration
 
 
+QUANTILES = (0.99, 0.999, 0.9999)
+"""Of the magnitudes in one array that ChannelStats gives."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChannelStats:
-    """Statistics of the input of one linear layer, per input channel, over all calibration tokens."""
+    """Statistics of the inputs and outputs of one linear layer, or of one expert's, over all calibration tokens."""
 
     mean_square: FloatArray
-    """`[channels]` float32: mean of x², the importance matrix of llama.cpp."""
+    """`[channels]` float32: mean of x² of the inputs, the importance matrix of llama.cpp; zeros where count is 0."""
     count: int
-    """Tokens seen."""
+    """Tokens seen; 0 only for an expert that none was sent to."""
+    input_maxima: FloatArray | None = None
+    """`[channels]` float32: largest |x| of each input channel."""
+    input_quantiles: FloatArray | None = None
+    """`[3]` float32: QUANTILES of |x| over all inputs and channels, of every eighth token, at most 0.8 % too large."""
+    output_maxima: FloatArray | None = None
+    """`[outputs]` float32: largest |y| of each output channel, bias included; None for the output layer."""
+    output_quantiles: FloatArray | None = None
+    """`[3]` float32: QUANTILES of |y|; of an expert's fused gate and up projection, over both."""
 
 
 class Calibration(Protocol):
@@ -231,6 +243,13 @@ class Calibration(Protocol):
 
     def vectors(self, name: str) -> ChannelStats:
         """Statistics of the inputs of weight `name`; KeyError where none were taken."""
+        ...
+
+    def layer_inputs(self, layer: int) -> Iterator[FloatArray]:
+        """What decoder layer `layer` is given, sample by sample: `[tokens, hidden]` float32, rounded to bfloat16.
+
+        Token t of an array is at position t. Raises DataError where they were not kept.
+        """
         ...
 
 

@@ -31,6 +31,9 @@ _PROMPT_SHARE = 3
 """Prompts are read as well as scored: a clinical question is about twice as long as its answer."""
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|shared\.weight|lm_head|norm|(^|\.)ln_|relative_attention_bias")
 _EXPERTS = re.compile(r"\.experts(\.|$)")
+_LAYER = re.compile(r".*?\.\d+\.")
+_BATCH_TOKENS = 1024
+"""That the calibration pass runs together, padding counted in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +92,15 @@ def forecast_stages(
     calibration = max((target.calibration.tokens for target in targets), default=0)
     test = _PROMPT_SHARE * recipe.tokens
     model = proof_bytes(view)
+    kept = any(target.needs_layer_inputs for target in targets)
     proofs = len(view.adapters) if view.reference or view.combination.method == "sequence" else 1
     runs = f"would run the base's own code, {code}" if code else ""
     stages = [
         _merge(view, rate),
         StageForecast("prove", None, model, 0, proofs * _PROOF_PASSES * calibration * second_per_token, runs),
-        StageForecast("calibrate", None, model, 0, calibration * second_per_token, runs),
+        StageForecast(
+            "calibrate", None, *calibration_bytes(view, calibration, kept), calibration * second_per_token, runs
+        ),
         StageForecast(
             "baseline", None, model, _record_bytes(view, recipe), _BASELINE_PASSES * test * second_per_token, runs
         ),
@@ -121,8 +127,28 @@ def forecast_choice(view: Checkpoint, candidates: int, rate: float) -> StageFore
     return StageForecast("merge-base", None, proof_bytes(view), 0, tokens * 2.0 * active_weights(view) / rate)
 
 
+def calibration_bytes(view: Checkpoint, tokens: int, layer_inputs: bool) -> tuple[int, int]:
+    """Memory and disk of the calibration pass: one layer in float32 and what is in none but the output layer, of the
+    embedding the rows that occur; on the disk what two layers are given, with `layer_inputs` all of them in bfloat16.
+    """
+    layers: Counter[str] = Counter()
+    ends = 0
+    embedding, head = embedding_name(view.tensors), head_name(view.tensors)
+    for name, tensor in view.tensors.items():
+        if found := _LAYER.match(name):
+            layers[found[0]] += tensor.size
+        elif name not in {embedding, head}:
+            ends += tensor.size
+    rows, hidden = view.tensors[embedding].shape if embedding else (0, 0)
+    text = view.config.get("text_config", view.config)
+    inner = max(text.get("intermediate_size") or 0, 4 * hidden)
+    activations = _BATCH_TOKENS * (4 * inner + 8 * hidden)
+    ram = 4 * (max(layers.values(), default=0) + ends + min(rows, tokens) * hidden + activations) + OVERHEAD_BYTES
+    return ram, tokens * hidden * (2 * 4 + (2 * len(layers) if layer_inputs else 0))
+
+
 def proof_bytes(view: Checkpoint) -> int:
-    """Memory of the merge proof, the importance matrix and the baseline: one model in float32 at a time."""
+    """Memory of the merge proof and the baseline: one model in float32 at a time."""
     return 4 * sum(tensor.size for tensor in view.tensors.values()) + OVERHEAD_BYTES
 
 

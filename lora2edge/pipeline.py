@@ -146,16 +146,26 @@ class Pipeline:
 
         def measure(folder: Path) -> dict[str, Any]:
             done = calibrate(
-                plan.merged, samples, folder, self.progress, device=plan.device, threads=plan.threads, dtype=dtype
+                plan.merged,
+                samples,
+                folder,
+                self.progress,
+                device=plan.device,
+                threads=plan.threads,
+                dtype=dtype,
+                layer_inputs=plan.layer_inputs,
             )
             return {
                 "items": len(samples),
                 "tokens": sum(len(sample.ids) for sample in samples),
                 "digest": done.digest,
                 "dtype": dtype,
+                "layer_inputs": plan.layer_inputs,
+                "experts": done.experts(),
             }
 
-        return self._cached("calibrate", [samples_digest(samples), plan.device, dtype], measure)
+        parts = [samples_digest(samples), plan.device, dtype, plan.layer_inputs]
+        return self._cached("calibrate", parts, measure, resumable=True)
 
     def record_baseline(self, texts: Texts) -> Finished:
         """Base and baseline on the test text: hidden states, losses, answers."""
@@ -279,13 +289,19 @@ class Pipeline:
     # ------------------------------------------------------------ the record
 
     def _cached(
-        self, stage: str, parts: list[Any], measure: Callable[[Path], dict[str, Any]], target: Target | None = None
+        self,
+        stage: str,
+        parts: list[Any],
+        measure: Callable[[Path], dict[str, Any]],
+        target: Target | None = None,
+        *,
+        resumable: bool = False,
     ) -> Finished:
         """The stage's result from the cache, or measured now and kept."""
         key = stage_key(stage, self.plan.model_key, *parts)
         entry = self.cache.find(stage, key)
         if entry is None:
-            with self.cache.writing(stage, key) as folder:
+            with self.cache.writing(stage, key, resumable=resumable) as folder:
                 write_json(folder / _RESULT, measure(folder))
             entry = self.cache.entry(stage, key)
         result = json.loads((entry.path / _RESULT).read_text(encoding="utf-8"))

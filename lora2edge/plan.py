@@ -83,6 +83,11 @@ class Plan:
         return max(target.calibration.tokens for target in self.targets)
 
     @property
+    def layer_inputs(self) -> bool:
+        """Whether a target needs what each layer is given."""
+        return any(target.needs_layer_inputs for target in self.targets)
+
+    @property
     def parameters(self) -> int:
         """Number of parameters of the merged model."""
         return sum(tensor.size for tensor in self.merged.tensors.values())

@@ -235,7 +235,7 @@ def sweep(path: Path, keep: Path | None = None) -> bool:
         if left == keep or name != f".{path.name}":
             continue
         if kind == "resume":
-            at_work |= not _remove_unlocked(left)
+            at_work |= not remove_unlocked(left)
         elif kind in {"partial", "old"} and owner.isdigit() and not lives(int(owner)):
             if kind == "old" and not path.exists():  # killed between the two renames
                 left.replace(path)
@@ -244,8 +244,8 @@ def sweep(path: Path, keep: Path | None = None) -> bool:
     return at_work
 
 
-def _remove_unlocked(folder: Path) -> bool:
-    """Whether no other process had it."""
+def remove_unlocked(folder: Path) -> bool:
+    """Removes a working folder; returns whether no other process had it."""
     try:
         with alone_in(folder):
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,16 +10,23 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lora2edge.checkpoint import expert_place, one_blas_thread
-from lora2edge.contracts import Checkpoint, TensorInfo
+from lora2edge.contracts import Checkpoint, Task, TensorInfo
 from lora2edge.errors import CheckpointError, InputError, MissingExtraError, UnsupportedError
 
 _SLAB_ELEMENTS = 1 << 22
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CLASSES: Mapping[Task, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
 
 
 def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> Any:
@@ -30,28 +37,48 @@ def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> 
     or a parameter of the model is not in the checkpoint; UnsupportedError for an unknown architecture.
     """
     require("torch", "transformers")
-    import torch
 
-    model = _empty_model(view, dtype, device)
+    model = empty_model(view, dtype, device)
+    places, homes, missing = match(view, model)
+    fill(view, {name: [places[place] for place in found] for name, found in homes.items()}, rounded=rounded)
+    # transformers' own rule: what is missing is tied to what is there; what is there twice and differs, not.
+    model.tie_weights(missing_keys=missing)
+    refuse_missing(missing)
+    return model.eval()
+
+
+def match(view: Checkpoint, model: Any) -> tuple[dict[str, Any], dict[str, list[str]], set[str]]:
+    """Where the view's tensors go: the model's parameters and stored buffers by name, of each tensor the names of those
+    that it fills, and the parameters that no tensor fills whole.
+
+    Raises CheckpointError where a tensor has no place in the model.
+    """
     places: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     parameters = set(places)
     places.update((name, buffer) for name, buffer in model.named_buffers() if name in model.state_dict())
     homes = {name: _homes(view, name, places) for name in view.tensors}
     _refuse_homeless(model, [name for name, found in homes.items() if not found])
-
-    def fill(name: str) -> None:
-        for place in homes[name]:
-            _fill(_part(places[place], view, name), view, view.tensors[name], rounded=rounded)
-
-    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(fill, homes):
-            pass
     sizes = Counter[str]()
     for name, found in homes.items():
         sizes.update(dict.fromkeys(found, view.tensors[name].size))
-    missing = {place for place in parameters if sizes[place] < places[place].numel()}
-    # transformers' own rule: what is missing is tied to what is there; what is there twice and differs, not.
-    model.tie_weights(missing_keys=missing)
+    return places, homes, {place for place in parameters if sizes[place] < places[place].numel()}
+
+
+def fill(view: Checkpoint, targets: Mapping[str, Sequence[Any]], *, rounded: bool) -> None:
+    """Copies tensors of the view into parameters: tensor name → what it fills, whole or the part that is its own."""
+    import torch
+
+    def copy_one(name: str) -> None:
+        for place in targets[name]:
+            _fill(part_of(place, view, name), view, view.tensors[name], rounded=rounded)
+
+    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(copy_one, targets):
+            pass
+
+
+def refuse_missing(missing: Collection[str]) -> None:
+    """Raises CheckpointError where parameters of the model are in no file, and tied to nothing that is."""
     if missing:
         raise CheckpointError(
             "missing-tensors",
@@ -59,7 +86,6 @@ def build_model(view: Checkpoint, *, dtype: str, device: str, rounded: bool) -> 
             why=_listed(sorted(missing)),
             hint="the folder is incomplete, or config.json names another architecture: fetch the checkpoint again",
         )
-    return model.eval()
 
 
 def require(*modules: str) -> None:
@@ -115,10 +141,14 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _empty_model(view: Checkpoint, dtype: str, device: str) -> Any:
-    """The architecture with uninitialised parameters (no page of them is touched yet) and its own buffers."""
+def empty_model(view: Checkpoint, dtype: str, device: str, *, meta: bool = False) -> Any:
+    """The architecture with uninitialised parameters (no page of them is touched yet) and its own buffers.
+
+    With `meta` the parameters are on PyTorch's meta device and take no memory at all; buffers are real.
+    """
     import torch
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.initialization import no_init_weights
 
     data = copy.deepcopy(dict(view.config))
@@ -131,13 +161,36 @@ def _empty_model(view: Checkpoint, dtype: str, device: str) -> Any:
             f"transformers does not know model_type {kind!r}",
             hint="pip install --upgrade transformers, or, where you trust its own code, --trust-remote-code",
         )
-    with torch_errors(f"build a {kind} model"), quiet(), no_init_weights(), torch.device(device):
+    makers = contextlib.ExitStack()
+    with torch_errors(f"build a {kind} model"), quiet(), no_init_weights(), torch.device(device), makers:
         if kind in CONFIG_MAPPING:
             config = CONFIG_MAPPING[kind].from_dict(data)
         else:
             config = AutoConfig.from_pretrained(view.ref.base, trust_remote_code=True, local_files_only=True)
             config.update(data)
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
+        if meta:
+            makers.enter_context(_parameters_on_meta())
+        auto = getattr(transformers, _CLASSES[view.task])
+        return auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter that a module registers goes to the meta device at once; buffers, computed ones too, stay."""
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(module: Any, name: str, parameter: Any) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:  # one that is tied comes by again
+            module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    torch.nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
 
 
 def _homes(view: Checkpoint, name: str, places: Mapping[str, Any]) -> list[str]:
@@ -145,7 +198,7 @@ def _homes(view: Checkpoint, name: str, places: Mapping[str, Any]) -> list[str]:
     return [place for place in (*view.module_names(name), name) if place in places][:1]
 
 
-def _part(place: Any, view: Checkpoint, name: str) -> Any:
+def part_of(place: Any, view: Checkpoint, name: str) -> Any:
     """The slice of a stack of experts that the tensor is, or the parameter itself."""
     found = expert_place(view.config, name)
     if found is None or place.dim() != 3:

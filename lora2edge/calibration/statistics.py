@@ -1,24 +1,36 @@
-"""Activation statistics: one pass of the merged model over the calibration text."""
+"""The calibration pass: the merged model over the calibration text, one layer in memory at a time."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import ctypes
 import itertools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora2edge.calibration.model import build_model, require
-from lora2edge.calibration.stored import StoredCalibration, store
-from lora2edge.contracts import Checkpoint, Progress, Sample
+from lora2edge.calibration.layers import Batch, LayeredModel
+from lora2edge.calibration.layout import Layout
+from lora2edge.calibration.model import require
+from lora2edge.calibration.recorder import Recorder
+from lora2edge.calibration.stored import (
+    StoredCalibration,
+    hidden_name,
+    inputs_name,
+    pack_stats,
+    stats_name,
+    store,
+    unpack_stats,
+)
+from lora2edge.contracts import ChannelStats, Checkpoint, Progress, Sample
 from lora2edge.errors import DataError
+from lora2edge.journal import GrowingFile, Journal
 
-_BATCH_TOKENS = 1024
-"""Padded tokens of one forward pass; larger activations go back to the system after each layer, which costs more."""
-_SLAB_ROWS = 256
-"""Squared at once, in the processor's cache."""
+_TRIM_LAYERS = 4
+"""After so many layers memory is given back; touching it again costs a little."""
 
 
 def calibrate(
@@ -30,151 +42,149 @@ def calibrate(
     device: str,
     threads: int,
     dtype: str = "float32",
+    layer_inputs: bool = False,
 ) -> StoredCalibration:
-    """Mean of x² per input channel of every linear layer, over all tokens of `samples`; written into `folder`.
+    """Statistics of the inputs and outputs of every linear layer, over all tokens of `samples`; written into `folder`.
 
-    It is what llama.cpp calls the importance matrix (`llama-imatrix`). The model runs in `dtype`: in float32 on the
-    unrounded merged weights, or in bfloat16, which is faster on processors that multiply it. Squares are float32,
-    their sums float64. What all samples begin with is run once and counted for each. The output layer is covered
-    too. Raises DataError where a layer saw no token or a statistic is not finite.
+    The mean of x² per input channel is what llama.cpp calls the importance matrix (`llama-imatrix`). The model runs in
+    `dtype`: in float32 on the unrounded merged weights, or in bfloat16, which is faster on processors that multiply it.
+    Squares are float32, their sums float64. What all samples begin with is run once and counted for each. The output
+    layer is covered too. With `layer_inputs` what each layer is given is kept, in bfloat16.
+
+    One layer's weights and one batch's activations are in memory; the activations between two layers are on the disk.
+    In a folder from `resumable_folder` a pass that was stopped goes on with the first layer that is not finished, and
+    ends with the same bytes. Raises DataError where a layer saw no token or a value is not finite.
     """
     require("torch", "transformers")
     import torch
 
     torch.set_num_threads(threads)
-    model = build_model(view, dtype=dtype, device=device, rounded=False)
-    recorder = _Recorder(model)
-    progress.start("calibrate", len(samples), "samples")
-    prefix = _shared_prefix(samples)
-    with torch.inference_mode():
-        cache = _run(model, recorder, [prefix], times=len(samples)) if prefix else None
-        for group in _batches(samples):
-            _run(model, recorder, [sample.ids[len(prefix) :] for sample in group], cache)
-            progress.advance(len(group))
+    if not any(sample.ids for sample in samples):
+        raise _gap("the calibration", f"there are {len(samples)} samples, and no token in them")
+    samples = [sample for sample in samples if sample.ids]
+    ids = itertools.chain.from_iterable(sample.ids for sample in samples)
+    model = LayeredModel(view, dtype=dtype, device=device, ids=ids)
+    layout = Layout.of(samples, shares_prefix=model.shares_prefix)
+    recorder = Recorder(model)
+    progress.start("calibrate", model.count, "layers")
+    with Journal(folder) as journal:
+        done = _finished(journal, model.count, layer_inputs)
+        progress.advance(done)
+        for layer in range(done, model.count):
+            _run_layer(model, layer, recorder, layout, journal, layer_inputs)
+            progress.advance()
+            if layer % _TRIM_LAYERS == _TRIM_LAYERS - 1:
+                _give_back()
+        model.drop()
     progress.finish()
-    means, counts = recorder.by_tensor(view, model)
-    _check(means, counts)
-    return store(folder, samples, means, counts)
+    places: dict[str, tuple[int, int]] = {}
+    for layer in range(model.count):
+        stats = unpack_stats(folder / stats_name(layer))
+        places.update((name, (layer, stats[name].count)) for name in stats)
+    in_order = {name: places[name] for name in view.tensors if name in places}
+    return store(folder, samples, in_order, layout.prefix, model.count, kept=layer_inputs)
 
 
-def _run(model: Any, recorder: _Recorder, rows: Sequence[Sequence[int]], prefix: Any = None, times: int = 1) -> Any:
-    """One padded batch behind the tokens whose keys and values are in `prefix`; returns the keys and values of all.
+def _give_back() -> None:
+    """Freed memory that glibc keeps between blocks in use, more with every layer, goes back to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
-    Padding is on the right, where no token sees it. `times`: how many samples the rows stand for.
-    """
+
+def _finished(journal: Journal, count: int, layer_inputs: bool) -> int:
+    """How many layers need not be run again."""
+
+    def is_whole(name: str) -> bool:
+        return name in journal.marks and journal.is_whole(name, journal.marks[name].size)
+
+    done = 0
+    while done < count and is_whole(stats_name(done)) and (not layer_inputs or is_whole(inputs_name(done))):
+        done += 1
+    return done if done in {0, count} or is_whole(hidden_name(done)) else 0
+
+
+def _run_layer(
+    model: LayeredModel, layer: int, recorder: Recorder, layout: Layout, journal: Journal, layer_inputs: bool
+) -> None:
+    """All batches through one layer: its statistics, and what the next one is given, are on the disk afterwards."""
+    last = layer == model.count - 1
+    model.load(layer)
+    before = _Rows(journal.folder / hidden_name(layer)) if layer else None
+    after = None if last else GrowingFile(journal, hidden_name(layer + 1), ())
+    kept = GrowingFile(journal, inputs_name(layer), ()) if layer_inputs and not model.is_whole else None
+    try:
+        with recorder.watching(layer):
+            prefix = None
+            for batch in (layout.first, *layout.batches()):
+                if batch is None:
+                    continue
+                first = layout.first is not None and prefix is None
+                recorder.begin(batch)
+                hidden = before.read(batch, model) if before else None
+                given, following, cache = model.run(batch, hidden, prefix=prefix, keep=first)
+                prefix = cache if first else prefix
+                if following is not None and last:
+                    recorder.add_head(following)
+                if after:
+                    _append(after, following, batch)
+                if kept:
+                    _append(kept, given.bfloat16(), batch)
+        stats = recorder.results(layer)
+        _check(stats, model)
+        for file in (after, kept):
+            if file:
+                file.finish()
+    finally:
+        for file in (after, kept):
+            if file:
+                file.__exit__(None, None, None)
+        if before:
+            before.close()
+    with GrowingFile(journal, stats_name(layer), ()) as file:
+        file.append(memoryview(pack_stats(stats)))
+        file.finish()
+    (journal.folder / hidden_name(layer)).unlink(missing_ok=True)
+
+
+class _Rows:
+    """What a layer is given, read in the order in which it was written."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._offset = 0
+
+    def read(self, batch: Batch, model: LayeredModel) -> Any:
+        """`[B, T, hidden]` in the model's dtype; zeros where padding is."""
+        import torch
+
+        dtype, seen = model.model.dtype, batch.seen()
+        width = model.model.config.get_text_config().hidden_size
+        raw = np.empty(batch.tokens * width * dtype.itemsize, np.uint8)
+        if os.preadv(self._handle, [raw.data], self._offset) != len(raw):
+            raise OSError(f"a file of the calibration pass is too short at {self._offset}")
+        self._offset += len(raw)
+        hidden = torch.zeros(*seen.shape, width, dtype=dtype)
+        hidden[seen] = torch.from_numpy(raw).view(dtype).view(-1, width)
+        return hidden.to(model.device)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+def _append(file: GrowingFile, values: Any, batch: Batch) -> None:
+    """The rows of `values`, `[B, T, hidden]`, that are tokens."""
     import torch
 
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    seen = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        seen[row, : len(tokens)] = True
-    recorder.tokens, recorder.times = seen.flatten().nonzero()[:, 0].to(model.device), times
-    cache = copy.deepcopy(prefix)
-    if cache is not None:
-        cache.batch_repeat_interleave(len(rows))
-    done = model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
-    # The output layer itself is not run: its input is all that is wanted, its output is the largest array.
-    recorder.add(model.get_output_embeddings(), done.last_hidden_state)
-    return done.past_key_values
+    rows = values.cpu()[batch.seen()].contiguous()
+    file.append(memoryview(rows.view(torch.uint8).numpy()).cast("B"))
 
 
-def _shared_prefix(samples: Sequence[Sample]) -> Sequence[int]:
-    """What all samples begin with (template, system prompt), so that it is run once; each keeps a token of its own."""
-    rows = [sample.ids[:-1] for sample in samples]
-    first, last = min(rows, default=()), max(rows, default=())  # in the order of a dictionary
-    return [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+def _check(stats: dict[str, ChannelStats], model: LayeredModel) -> None:
+    """An expert may see no token; any other layer sees all."""
+    unseen = [name for name, found in stats.items() if not found.count and model.owners[name].expert is None]
+    if unseen:
+        raise _gap(f"{len(unseen)} layers", ", ".join(unseen[:5]))
 
 
-class _Recorder:
-    """Sums x² of the inputs of all linear layers, padding left out."""
-
-    def __init__(self, model: Any) -> None:
-        import torch
-
-        self.tokens: Any = None
-        """`[n]` int64: which positions of the current batch, of B · T, are tokens."""
-        self.times = 1
-        """How many times the current batch counts."""
-        self.sums: dict[int, Any] = {}
-        self.counts: dict[int, int] = {}
-        self._inputs: Any = None
-        self._found: tuple[Any, int] = (0.0, 0)
-        """Sum of squares per channel, and tokens, of the inputs that were seen last."""
-        for module in model.base_model.modules():
-            if isinstance(module, torch.nn.Linear):
-                self.sums[id(module)], self.counts[id(module)] = 0.0, 0
-                module.register_forward_pre_hook(lambda module, arguments: self.add(module, arguments[0]))
-
-    def add(self, module: Any, inputs: Any) -> None:
-        """`inputs`: `[B, T, channels]`."""
-        if inputs is not self._inputs:  # q, k and v, or gate and up, are given the same one
-            self._inputs, self._found = inputs, (self.times * self._squares(inputs), self.times * len(self.tokens))
-        total, count = self._found
-        self.sums[id(module)] = self.sums.get(id(module), 0.0) + total
-        self.counts[id(module)] = self.counts.get(id(module), 0) + count
-
-    def _squares(self, inputs: Any) -> Any:
-        """`[channels]` float64: the sum of x² over the tokens. Slabs of rows that stay in the processor's cache."""
-        import torch
-
-        rows = inputs.flatten(0, -2)
-        total = torch.zeros(rows.shape[-1], dtype=torch.float32, device=rows.device)
-        for tokens in self.tokens.split(_SLAB_ROWS):
-            squares = rows.index_select(0, tokens).float().square_()
-            total += squares.new_ones(len(tokens)) @ squares
-        return total.double()
-
-    def by_tensor(self, view: Checkpoint, model: Any) -> tuple[dict[str, Any], dict[str, int]]:
-        """Means and counts by checkpoint tensor name. A tied embedding gets the output layer's."""
-        import torch
-
-        head = model.get_output_embeddings()
-        owners = {f"{name}.weight": module for name, module in model.named_modules() if id(module) in self.sums}
-        owners.update(
-            (f"{name}.weight", head)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Embedding) and module.weight is head.weight
-        )
-        means: dict[str, Any] = {}
-        counts: dict[str, int] = {}
-        for name in view.tensors:
-            module = next((owners[place] for place in view.module_names(name) if place in owners), None)
-            if module is None:
-                continue
-            counts[name] = self.counts.get(id(module), 0)
-            if counts[name]:
-                means[name] = (self.sums[id(module)] / counts[name]).cpu().numpy().astype(np.float32)
-        return means, counts
-
-
-def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Samples of similar length, at most `_BATCH_TOKENS` tokens when padded."""
-    group: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: len(sample.ids)):
-        if group and (len(group) + 1) * len(sample.ids) > _BATCH_TOKENS:
-            yield group
-            group = []
-        group.append(sample)
-    if group:
-        yield group
-
-
-def _check(means: dict[str, Any], counts: dict[str, int]) -> None:
-    unseen = [name for name, count in counts.items() if count == 0]
-    broken = [name for name, values in means.items() if not np.isfinite(values).all()]
-    if unseen or not counts:
-        raise DataError(
-            "calibration-gap",
-            f"{len(unseen)} layers saw no token",
-            why=", ".join(unseen[:5]),
-            hint="give more calibration text",
-        )
-    if broken:
-        raise DataError(
-            "calibration-not-finite",
-            f"the inputs of {len(broken)} layers are not finite in float32",
-            why=", ".join(broken[:5]),
-            hint="the base or the adapter holds broken weights: lora2edge merge --prove says more",
-        )
+def _gap(what: str, why: str) -> DataError:
+    return DataError("calibration-gap", f"{what} saw no token", why=why, hint="give more calibration text")

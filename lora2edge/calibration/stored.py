@@ -1,64 +1,169 @@
-"""A finished calibration: a folder of samples.jsonl, stats.npz and manifest.json."""
+"""A finished calibration: a folder of samples.jsonl, statistics and inputs by layer, and manifest.json."""
 
 from __future__ import annotations
 
+import functools
+import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora2edge.calibration.layout import Layout
+from lora2edge.checkpoint import decode
 from lora2edge.contracts import ChannelStats, Sample
 from lora2edge.errors import DataError
 from lora2edge.storage import digest, sha256_file, write_json
-from lora2edge.texts import read_samples, samples_digest, write_samples
+from lora2edge.texts import describe_coverage, read_samples, samples_digest, write_samples
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from lora2edge.contracts import FloatArray
 
-_SCHEMA = 1
-_SAMPLES, _STATS, _MANIFEST = "samples.jsonl", "stats.npz", "manifest.json"
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\..+")
+_SCHEMA = 2
+_SAMPLES, _COVERAGE, _MANIFEST = "samples.jsonl", "coverage.json", "manifest.json"
+
+
+def stats_name(layer: int) -> str:
+    """File of the statistics of what runs with `layer`."""
+    return f"stats-{layer:04}.npz"
+
+
+def inputs_name(layer: int) -> str:
+    """File of what `layer` is given: `[rows, hidden]` bfloat16, rows in the layout's order."""
+    return f"inputs-{layer:04}.bf16"
+
+
+def hidden_name(layer: int) -> str:
+    """File of the same in the dtype of the pass, there only until the layer is finished."""
+    return f"hidden-{layer:04}.bin"
 
 
 class StoredCalibration:
     """Implements contracts.Calibration. Samples and statistics are read when they are asked for."""
 
-    def __init__(self, path: Path, counts: Mapping[str, int], digest: str) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
-        self.digest = digest
+        self.digest: str = manifest["digest"]
         """sha256 over samples and statistics, hex."""
-        self._counts = dict(counts)
+        self.prefix: int = manifest["prefix"]
+        """Tokens that all samples begin with, and that were run once."""
+        self.layers: int = manifest["layers"]
+        """Decoder or encoder layers; 1 where the model was run whole."""
+        self.keeps_inputs: bool = manifest["layer_inputs"]
+        self._places: dict[str, tuple[int, int]] = manifest["tensors"]
 
-    @property
+    @functools.cached_property
     def samples(self) -> Sequence[Sample]:
         return read_samples(self.path / _SAMPLES)
 
     @property
     def names(self) -> Sequence[str]:
-        return list(self._counts)
+        return list(self._places)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens that each weight saw."""
+        return {name: count for name, (_, count) in self._places.items()}
+
+    def experts(self) -> dict[str, Any] | None:
+        """How many tokens the experts saw, JSON-ready; None where there are none.
+
+        `stacks` of a mixture's experts, `experts` in all of them, `unseen`: `layer: experts` that no token was sent to;
+        `fewest` and `most` tokens of one, `warning` where one saw none.
+        """
+        counts: dict[tuple[str, int], int] = {}
+        for name, count in self.counts.items():
+            if found := _EXPERT.fullmatch(name):
+                counts[found[1], int(found[2])] = count
+        if not counts:
+            return None
+        unseen: dict[str, list[int]] = {}
+        for (stack, expert), count in counts.items():
+            if not count:
+                unseen.setdefault(stack, []).append(expert)
+        told: dict[str, Any] = {
+            "stacks": len({stack for stack, _ in counts}),
+            "experts": len(counts),
+            "unseen": {stack: sorted(experts) for stack, experts in unseen.items()},
+            "fewest": min(counts.values()),
+            "most": max(counts.values()),
+        }
+        if unseen:
+            missed = sum(map(len, unseen.values()))
+            told["warning"] = f"{missed} of {len(counts)} experts saw no token: nothing weighs their rounding errors"
+        return told
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Which row of a layer's inputs is which token."""
+        return Layout(tuple(sample.ids for sample in self.samples), self.prefix)
 
     def vectors(self, name: str) -> ChannelStats:
-        """Statistics of the inputs of weight `name`; KeyError where none were taken.
+        """Statistics of weight `name`; KeyError where none were taken.
 
         Where the output layer is tied to the embedding, the embedding's are those of the output layer's input.
         """
-        with np.load(self.path / _STATS, allow_pickle=False) as stats:
-            return ChannelStats(mean_square=stats[name], count=self._counts[name])
+        layer, _ = self._places[name]
+        return unpack_stats(self.path / stats_name(layer), only=name)[name]
+
+    def layer_rows(self, layer: int) -> Any:
+        """What `layer` is given, `[rows, hidden]` bfloat16 as uint16, in the layout's order: the prefix once.
+
+        A memory map, read only. Raises DataError where it was not kept.
+        """
+        path = self.path / inputs_name(layer)
+        if not self.keeps_inputs or not path.is_file():
+            raise DataError(
+                "no-layer-inputs",
+                f"the calibration in {self.path} did not keep what layer {layer} is given",
+                why=f"it has {self.layers} layers" if self.keeps_inputs else "no target asked for it",
+                hint=f"remove {self.path}: the next build makes it again",
+            )
+        return np.memmap(path, np.uint16, "r").reshape(self.layout.rows, -1)
+
+    def layer_inputs(self, layer: int) -> Iterator[FloatArray]:
+        """As contracts.Calibration has it; the samples' common prefix is in each array."""
+        rows = self.layer_rows(layer)
+        first = rows[: self.prefix]
+        for place in self.layout.places():
+            raw = np.concatenate([first, rows[place.start : place.stop]])
+            yield decode(raw.reshape(-1).view(np.uint8), "BF16").reshape(raw.shape)
 
 
 def store(
-    folder: Path, samples: Sequence[Sample], means: Mapping[str, NDArray[np.float32]], counts: Mapping[str, int]
+    folder: Path,
+    samples: Sequence[Sample],
+    places: Mapping[str, tuple[int, int]],
+    prefix: int,
+    layers: int,
+    *,
+    kept: bool,
 ) -> StoredCalibration:
-    """Writes the folder's files; `means`: mean of x² per channel of each weight's input, `counts`: tokens seen."""
+    """Writes what makes the finished files of a pass a calibration. `places`: layer of each weight, and tokens seen."""
     write_samples(folder / _SAMPLES, samples)
-    arrays: dict[str, Any] = {name: means[name] for name in counts}
-    with (folder / _STATS).open("wb") as file:
-        np.savez(file, **arrays)
-    state = digest([samples_digest(samples), {name: means[name].tobytes().hex() for name in counts}, dict(counts)])
-    files = {name: sha256_file(folder / name) for name in (_SAMPLES, _STATS)}
-    write_json(folder / _MANIFEST, {"schema": _SCHEMA, "digest": state, "counts": dict(counts), "files": files})
-    return StoredCalibration(folder, counts, state)
+    files = {name: sha256_file(folder / name) for name in (_SAMPLES, *map(stats_name, range(layers)))}
+    tensors = {name: list(place) for name, place in places.items()}
+    manifest = {
+        "schema": _SCHEMA,
+        "digest": digest([samples_digest(samples), files, tensors]),
+        "prefix": prefix,
+        "layers": layers,
+        "layer_inputs": kept,
+        "tensors": tensors,
+        "files": files,
+    }
+    write_json(folder / _MANIFEST, manifest)
+    done = StoredCalibration(folder, manifest)
+    tokens = sum(len(sample.ids) for sample in samples)
+    about = {"items": len(samples), "tokens": tokens, **describe_coverage(samples), "experts": done.experts()}
+    write_json(folder / _COVERAGE, about)
+    return done
 
 
 def open_calibration(path: Path) -> StoredCalibration:
@@ -72,4 +177,27 @@ def open_calibration(path: Path) -> StoredCalibration:
     if manifest.get("schema") != _SCHEMA or changed:
         why = f"{', '.join(changed)} changed" if changed else "it was written by another version"
         raise DataError("stale-calibration", f"the calibration in {path} cannot be used", why=why, hint=hint)
-    return StoredCalibration(path, manifest["counts"], manifest["digest"])
+    return StoredCalibration(path, manifest)
+
+
+def pack_stats(stats: Mapping[str, ChannelStats]) -> bytes:
+    """An .npz file of `name/field` arrays. numpy's own would hold the time; here equal statistics are equal bytes."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        for name, found in stats.items():
+            for field in fields(ChannelStats):
+                if (value := getattr(found, field.name)) is not None:
+                    with archive.open(zipfile.ZipInfo(f"{name}/{field.name}.npy"), "w") as file:
+                        np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
+    return memory.getvalue()
+
+
+def unpack_stats(path: Path, only: str | None = None) -> dict[str, ChannelStats]:
+    """What `pack_stats` packed, by tensor name; of one tensor where it is named."""
+    found: dict[str, dict[str, Any]] = {}
+    with np.load(path, allow_pickle=False) as archive:
+        for key in archive.files:
+            name, _, field = key.rpartition("/")
+            if only in {None, name}:
+                found.setdefault(name, {})[field] = archive[key]
+    return {name: ChannelStats(**{**values, "count": int(values["count"])}) for name, values in found.items()}

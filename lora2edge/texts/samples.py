@@ -13,6 +13,7 @@ from lora2edge.contracts import Item, Sample
 from lora2edge.errors import DataError
 from lora2edge.recipe import DataFiles
 from lora2edge.storage import digest
+from lora2edge.texts.coverage import describe_coverage, find_overlap
 from lora2edge.texts.items import prompt_key, read_items, split_items
 from lora2edge.texts.renderer import Renderer
 
@@ -60,6 +61,7 @@ def load_texts(
     notes["calibration"]["repeated"] = repeated
     notes["test"]["repeated"] = test_repeated
     notes["calibration"]["also_in_test"] = len(calibration) - len(kept)
+    notes["test"]["in_calibration"] = find_overlap(sides["calibration"], sides["test"])
     return Texts(sides["calibration"], sides["test"], notes)
 
 
@@ -141,6 +143,7 @@ def _describe(samples: Sequence[Sample]) -> dict[str, Any]:
         "items": len(samples),
         "tokens": sum(len(sample.ids) for sample in samples),
         "positions": sum(len(sample.positions) for sample in samples),
+        **describe_coverage(samples),
         "labels": {
             label: dict(sorted(counts.items()))
             for label, counts in sorted(values.items())

@@ -14,21 +14,12 @@ from lora2edge.adapters import merge, read_adapter
 from lora2edge.calibration import calibrate, open_calibration
 from lora2edge.calibration.model import build_model
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.contracts import Item, Sample
+from lora2edge.contracts import Sample
 from lora2edge.errors import CheckpointError, DataError
 from lora2edge.progress import SILENT
 from tests.architectures import ARCHITECTURES, make_model
 from tests.tiny import make_adapter, make_checkpoint
-
-LENGTHS = (5, 17, 3, 17, 40, 1)
-
-
-def samples(shared: int = 0) -> list[Sample]:
-    """Sequences of `LENGTHS` random tokens behind `shared` tokens that are the same in all."""
-    generator = np.random.default_rng(0)
-    item = Item(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
-    own = [generator.integers(0, 700, length).tolist() for length in LENGTHS]
-    return [Sample((*range(100, 100 + shared), *ids), 1, item) for ids in own]
+from tests.unit.calibration.whole import ITEM, samples
 
 
 def by_hand(base: Path, adapter: Path, samples: list[Sample]) -> dict[str, Any]:
@@ -105,6 +96,9 @@ def test_no_text_and_broken_weights_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         calibrate(view, [], tmp_path, SILENT, device="cpu", threads=1)
     assert caught.value.code == "calibration-gap"
+    with pytest.raises(DataError) as caught:
+        calibrate(view, [Sample((), 0, ITEM)], tmp_path, SILENT, device="cpu", threads=1)
+    assert caught.value.code == "calibration-gap"
 
     class Overflowing:
         """Activations of 1e30 have no square in float32."""
@@ -119,7 +113,53 @@ def test_no_text_and_broken_weights_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         calibrate(Overflowing(), samples(), tmp_path, SILENT, device="cpu", threads=1)  # type: ignore[arg-type]
     assert caught.value.code == "calibration-not-finite"
-    assert "model.layers.0.mlp.down_proj.weight" in caught.value.why
+    assert "model.layers.0.mlp.down_proj.weight: input channel 0 of 128" in caught.value.why
+
+
+def test_one_channel_that_is_no_number_is_named(tmp_path: Path) -> None:
+    view = open_checkpoint(str(make_checkpoint(tmp_path / "base", dtype="float32", layers=3)))
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(view, name)
+
+        def rows(self, name: str, start: int, stop: int) -> Any:
+            rows = view.rows(name, start, stop)
+            if name == "model.layers.1.self_attn.v_proj.weight":
+                rows[5] = np.nan
+            return rows
+
+    with pytest.raises(DataError) as caught:
+        calibrate(Broken(), samples(), tmp_path, SILENT, device="cpu", threads=1)  # type: ignore[arg-type]
+    assert caught.value.code == "calibration-not-finite"
+    assert caught.value.what == "the outputs of model.layers.1.self_attn.v_proj.weight are not finite in float32"
+    assert "output channel 5 of 32" in caught.value.why
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (2,), (3, 1, 2)])
+def test_a_set_of_one_token_or_few(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    base = make_checkpoint(tmp_path / "base", "llama", tied=False)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    view = merge(open_checkpoint(str(base)), (read_adapter(str(adapter)),))
+    (tmp_path / "out").mkdir()
+    texts = samples(lengths=lengths)
+    found = calibrate(view, texts, tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
+    for name, values in by_hand(base, adapter, texts).items():
+        stats = found.vectors(name)
+        assert stats.count == sum(lengths)
+        np.testing.assert_allclose(stats.mean_square, values, rtol=2e-4)
+        assert stats.input_quantiles is not None
+        assert np.isfinite(stats.input_quantiles).all()
+    assert [len(rows) for rows in found.layer_inputs(1)] == list(lengths)
+
+
+def test_inputs_that_were_not_kept(tmp_path: Path) -> None:
+    view = open_checkpoint(str(make_checkpoint(tmp_path / "base")))
+    (tmp_path / "out").mkdir()
+    found = calibrate(view, samples(), tmp_path / "out", SILENT, device="cpu", threads=1)
+    with pytest.raises(DataError) as caught:
+        next(found.layer_inputs(0))
+    assert caught.value.code == "no-layer-inputs"
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_neox"])
