@@ -45,7 +45,8 @@ A code in the place of a size is a refusal, explained below. No text is needed f
 _STAGES = """
 ## A whole build
 
-What the other stages need: the merge proof and the baseline hold one model in float32, calibrate one layer of it; measure and bench are those of `gguf/q4_k_m`, or of `hf/merged` where GGUF refuses. The last column says what
+What the other stages need: the merge proof and the baseline hold one model in float32, calibrate one layer of it;
+measure and bench are those of `gguf/q4_k_m`, or of `hf/merged` where GGUF refuses. The last column says what
 a build with `--data` comes to on this machine. Where it is refused, lowering, which streams, still works.
 """
 _REFUSALS = """
