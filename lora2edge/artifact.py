@@ -17,6 +17,7 @@ from lora2edge.checkpoint import cores, reading_ahead
 from lora2edge.contracts import MANIFEST, Artifact, Calibration, Manifest, Progress
 from lora2edge.errors import InputError
 from lora2edge.journal import read_marks, resumable_folder
+from lora2edge.progress import Followed
 from lora2edge.storage import digest, hash_ahead, sha256_file, write_atomic
 from lora2edge.target import Target
 
@@ -160,30 +161,13 @@ def _hash_all(paths: Sequence[Path], pace: _Pace) -> None:
             hash_ahead(path, pace.wait)
 
 
-class _Pace:
-    """A Progress that passes everything on, and lets another thread go through `total` bytes no faster than that."""
+class _Pace(Followed):
+    """Lets another thread go through `total` bytes no faster than the work that it follows."""
 
     def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
+        super().__init__(progress)
         self._bytes = total
         self._read = 0
-        self._total = self._done = 0
-        self._ended = self._given_up = False
-        self._changed = threading.Condition()
-
-    def start(self, what: str, total: int, unit: str = "") -> None:
-        self._progress.start(what, total, unit)
-        with self._changed:
-            self._total, self._done = total, 0
-
-    def advance(self, amount: int = 1) -> None:
-        self._progress.advance(amount)
-        with self._changed:
-            self._done += amount
-            self._changed.notify()
-
-    def finish(self) -> None:
-        self._progress.finish()
 
     def wait(self, count: int) -> bool:
         """Returns when `count` more bytes may be read, or with False when no more are wanted."""
@@ -191,13 +175,6 @@ class _Pace:
             self._read += count
             self._changed.wait_for(self._may_read)
             return not self._given_up
-
-    def end(self, *, give_up: bool = False) -> None:
-        """Lets the other thread run to the end; with `give_up`, stops it."""
-        with self._changed:
-            self._ended = True
-            self._given_up |= give_up
-            self._changed.notify()
 
     def _may_read(self) -> bool:
         share = self._done / self._total if self._total else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -15,6 +16,40 @@ class Silent:
     def start(self, what: str, total: int, unit: str = "") -> None: ...
     def advance(self, amount: int = 1) -> None: ...
     def finish(self) -> None: ...
+
+
+class Followed:
+    """A Progress that passes everything on, for another thread that goes no faster than the work does.
+
+    `_changed` guards what is counted, and tells of it.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._total = self._done = 0
+        self._ended = self._given_up = False
+        self._changed = threading.Condition()
+
+    def start(self, what: str, total: int, unit: str = "") -> None:
+        self._progress.start(what, total, unit)
+        with self._changed:
+            self._total, self._done = total, 0
+
+    def advance(self, amount: int = 1) -> None:
+        self._progress.advance(amount)
+        with self._changed:
+            self._done += amount
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        self._progress.finish()
+
+    def end(self, *, give_up: bool = False) -> None:
+        """Lets the other thread run to the end; with `give_up`, stops it."""
+        with self._changed:
+            self._ended = True
+            self._given_up |= give_up
+            self._changed.notify_all()
 
 
 class JsonLines:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora2edge.calibration.model import empty_model, fill, match, refuse_missing
-from lora2edge.calibration.stub import make_stub
+from lora2edge.calibration.relay import make_relay
 from lora2edge.checkpoint import expert_place
 from lora2edge.contracts import Checkpoint, TensorInfo
 
@@ -59,10 +59,10 @@ class Owner:
 
 
 class LayeredModel:
-    """The model's own forward pass, in which all layers but one are stubs that pass on what they are given.
+    """The model's own forward pass, in which all layers but one are relays that pass on what they are given.
 
     Masks, windows, position embeddings and whatever else a layer is called with are thus the model's own business. The
-    layer that is loaded gets the hidden states that are injected, whatever came out of the stubs before it; what the
+    layer that is loaded gets the hidden states that are injected, whatever came out of the relays before it; what the
     model then hands to the next one is captured. A model whose layers share weights, keys or values, or which has no
     plain list of layers, is one single layer here: it is in memory whole.
     """
@@ -89,15 +89,15 @@ class LayeredModel:
         self.layers: list[Any] = list(self._list) if self._list is not None else []
         self.owners = self._find_owners()
         """Of each linear layer's and expert's tensor, by name: what multiplies with it."""
-        self._stubs = [make_stub(self, index, layer) for index, layer in enumerate(self.layers)]
-        for index, stub in enumerate(self._stubs):
-            self._list[index] = stub
+        self._relays = [make_relay(self, index, layer) for index, layer in enumerate(self.layers)]
+        for index, relay in enumerate(self._relays):
+            self._list[index] = relay
         self.cache: Any = None
         """Keys and values of the run that is under way."""
         self._injected: Any = None
         self._first: Any = None
         self.captured: Any = None
-        """What the stub behind the loaded layer was given."""
+        """What the relay behind the loaded layer was given."""
         self.outputs: int | None = None
         """How many values a layer returns; 0: one, and no tuple; None: no layer has run yet."""
         self.loaded: int | None = None
@@ -117,7 +117,7 @@ class LayeredModel:
         return not self.layers
 
     def load(self, index: int) -> None:
-        """Brings layer `index` into memory, in the place of its stub; the one before goes."""
+        """Brings layer `index` into memory, in the place of its relay; the one before goes."""
         self.drop()
         if self.is_whole:
             return
@@ -132,10 +132,10 @@ class LayeredModel:
         self.loaded = index
 
     def drop(self) -> None:
-        """Puts the stub in the place of the layer that is loaded, and its memory aside for the next one."""
+        """Puts the relay in the place of the layer that is loaded, and its memory aside for the next one."""
         if self.loaded is None:
             return
-        self._list[self.loaded] = self._stubs[self.loaded]
+        self._list[self.loaded] = self._relays[self.loaded]
         for module in self.layers[self.loaded].modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from lora2edge.contracts import Progress
 from lora2edge.directio import aligned, is_cached, read_at, set_direct
+from lora2edge.progress import Followed
 from lora2edge.storage import identity, remember_sha256
 
 if TYPE_CHECKING:
@@ -75,51 +76,28 @@ class _Slot:
     hashed: bool = True
 
 
-class Window:
+class Window(Followed):
     """Files as one row of chunks, of which some are in memory: chunk `n` in slot `n` modulo their number.
 
     Also the Progress of the work, passed on.
     """
 
     def __init__(self, paths: Sequence[Path], progress: Progress, slots: int) -> None:
+        super().__init__(progress)
         self.starts: dict[Path, int] = {}
         """Where each file begins, in bytes; at a chunk of its own."""
-        self._progress = progress
         self._bytes = 0
         for path in paths:
             self.starts[path] = self._bytes
             self._bytes += -(-path.stat().st_size // CHUNK) * CHUNK
         self._slots = [_Slot(aligned(CHUNK)) for _ in range(slots)]
-        self._changed = threading.Condition()
         self._next = 0
         """The chunk that is read next."""
         self._asked = 0
         """The last byte that the work has asked for."""
-        self._total = self._done = 0
-        self._ended = self._given_up = self._stopped = False
+        self._stopped = False
 
     # ------------------------------------------------------------ the work's end
-
-    def start(self, what: str, total: int, unit: str = "") -> None:
-        self._progress.start(what, total, unit)
-        with self._changed:
-            self._total, self._done = total, 0
-
-    def advance(self, amount: int = 1) -> None:
-        self._progress.advance(amount)
-        with self._changed:
-            self._done += amount
-            self._changed.notify_all()
-
-    def finish(self) -> None:
-        self._progress.finish()
-
-    def end(self, *, give_up: bool = False) -> None:
-        """Lets the reading run to the end; with `give_up`, stops it."""
-        with self._changed:
-            self._ended = True
-            self._given_up |= give_up
-            self._changed.notify_all()
 
     def copy(self, path: Path, offset: int, target: NDArray[np.uint8]) -> bool:
         """Fills `target`, or returns False: it was passed already, or is far away, or behind the file's end."""

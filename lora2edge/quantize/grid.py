@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from lora2edge.checkpoint import in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -112,7 +113,7 @@ def fit_range(
     magnitude / (2^(bits − 1) − 1), so that the grid is as wide on both sides: the int8 weights of ONNX Runtime and
     TensorRT. Asymmetric: the range is widened to hold 0, and 0 is exactly a grid value.
     """
-    return _fit_slabs(weights, bits, group, symmetric, narrow, scale_dtype, (1.0,), None)
+    return _fit_slabs(weights, partial(_fit, bits, group, symmetric, narrow, scale_dtype, (1.0,), None))
 
 
 def fit_mse(
@@ -130,7 +131,7 @@ def fit_mse(
     `importance`: `[columns]` weights of the squares, such as the mean squares of the inputs. Never above the error of
     `fit_range`, which is among what is tried.
     """
-    return _fit_slabs(weights, bits, group, symmetric, narrow, scale_dtype, _SHRINK, importance)
+    return _fit_slabs(weights, partial(_fit, bits, group, symmetric, narrow, scale_dtype, _SHRINK, importance))
 
 
 def nearest_codes(weights: FloatArray, grid: Grid) -> Codes:
@@ -160,28 +161,14 @@ def _slabs(weights: FloatArray) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(weights), rows))
 
 
-def _fit_slabs(
-    weights: FloatArray,
-    bits: int,
-    group: int | None,
-    symmetric: bool,
-    narrow: bool,
-    scale_dtype: ScaleDtype,
-    shares: tuple[float, ...],
-    importance: FloatArray | None,
-) -> IntGrid:
-    """`_fit` of all rows, on all cores, with the memory of a slab a core."""
-
-    def fit_slab(rows: slice) -> IntGrid:
-        return _fit(weights[rows], bits, group, symmetric, narrow, scale_dtype, shares, importance)
-
-    grids = [grid for _, grid in in_order(fit_slab, _slabs(weights))]
+def _fit_slabs(weights: FloatArray, fit: Callable[[FloatArray], IntGrid]) -> IntGrid:
+    """`fit` of all rows, on all cores, with the memory of a slab a core."""
+    grids = [grid for _, grid in in_order(lambda rows: fit(weights[rows]), _slabs(weights))]
     scales, zeros = (np.concatenate([getattr(grid, name) for grid in grids]) for name in ("scales", "zeros"))
-    return IntGrid(bits, scales, zeros, grids[0].width, grids[0].low)
+    return IntGrid(grids[0].bits, scales, zeros, grids[0].width, grids[0].low)
 
 
 def _fit(
-    weights: FloatArray,
     bits: int,
     group: int | None,
     symmetric: bool,
@@ -189,6 +176,7 @@ def _fit(
     scale_dtype: ScaleDtype,
     shares: tuple[float, ...],
     importance: FloatArray | None,
+    weights: FloatArray,
 ) -> IntGrid:
     if bits not in BITS or (narrow and not symmetric):
         raise ValueError(f"{bits} bits, symmetric {symmetric}, narrow {narrow}: no such grid")

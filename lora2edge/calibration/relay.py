@@ -1,4 +1,4 @@
-"""What stands in the place of a layer that is not in memory."""
+"""What passes hidden states on in the place of a layer that is not in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Running(Protocol):
-    """What a stub has to know of the pass."""
+    """What a relay has to know of the pass."""
 
     cache: Any
     captured: Any
@@ -14,12 +14,12 @@ class Running(Protocol):
     outputs: int | None
 
 
-def make_stub(model: Running, index: int, layer: Any) -> Any:
+def make_relay(model: Running, index: int, layer: Any) -> Any:
     """A module that passes on the hidden states it is given, in the form that `layer` would; its other attributes are
     the layer's. In a cache it leaves keys and values of width one: how long the cache is, is read from any layer."""
     import torch
 
-    class Stub(torch.nn.Module):  # type: ignore[misc]
+    class Relay(torch.nn.Module):  # type: ignore[misc]
         def __getattr__(self, name: str) -> Any:
             try:
                 return super().__getattr__(name)
@@ -35,4 +35,4 @@ def make_stub(model: Running, index: int, layer: Any) -> Any:
                 model.cache.update(nothing, nothing, index)
             return (hidden, *[None] * (model.outputs - 1)) if model.outputs else hidden
 
-    return Stub()
+    return Relay()
