@@ -104,9 +104,9 @@ def _dots(report: Mapping[str, Any], figure: str) -> list[_Dot]:
 
 def _kl_against_size(report: Mapping[str, Any]) -> Plot:
     dots = _dots(report, "kl_mean")
-    if report.get("merge"):
+    kl = words.merged_kl(report)
+    if kl is not None:
         size_mb = report["inputs"]["base"]["size_bytes"] / 1e6
-        kl = report["merge"]["rounding_kl"]
         dots.append(_Dot("merged, unquantized", 7, size_mb, kl, None, None))
     dots = [
         _Dot(dot.name, dot.series, dot.x, max(dot.value, _FLOOR_KL),
@@ -173,7 +173,7 @@ def _scatter(
 ) -> Canvas:
     """Dots with whiskers along y and their names beside them."""
     canvas = Canvas(284, title)
-    left, right, bottom = 58, WIDTH - 14, 240
+    left, right, bottom = 66, WIDTH - 14, 240
     # Room at the right, so that names stand right of their dots.
     x = linear([dot.x for dot in dots], left, right - 90, zero=True)
     giga = name.endswith("MB") and x.high > 2000

@@ -41,13 +41,15 @@ def headline_table(report: Mapping[str, Any]) -> Table:
         "Decode", "First token", "Requests/s", "Peak memory",
     )  # fmt: skip
     rows = [*_scale_rows(report)]
+    formula = (report.get("merge") or {}).get("reference")
+    live = "the adapters' merge in float32, unrounded" if formula else "base + live adapter"
     for name, target in report["targets"].items():
         rows.append(_headline_row(name, target))
     return Table(
         "",
         columns,
         tuple(rows),
-        note="Baseline: base + live adapter. Decode, first token, requests per second (at so many requests at a "
+        note=f"Baseline: {live}. Decode, first token, requests per second (at so many requests at a "
         "time) and memory are × baseline: above 1 is better. Small figures are 95 % intervals. KL in nats per "
         "token against the baseline.",
         key="headline",
@@ -340,7 +342,7 @@ def _scale_rows(report: Mapping[str, Any]) -> list[tuple[Cell, ...]]:
         rows.append(("baseline", NONE, size, all_, "0", "0\u00a0%", after, *["1\u00a0×"] * 4))
     if merge:
         rows.append(("merged checkpoint", VERDICT_MARKS[merge.get("verdict", "pass")], size, NONE,
-                     words.figure(merge["rounding_kl"]), NONE, NONE, *[NONE] * 4))  # fmt: skip
+                     words.figure(words.merged_kl(report)), NONE, NONE, *[NONE] * 4))  # fmt: skip
     return [tuple(Cell(text, tone="muted") for text in row) for row in rows]
 
 

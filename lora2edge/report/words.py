@@ -149,6 +149,18 @@ def named_base(match: Mapping[str, Any]) -> str:
     return line
 
 
+def merged_kl(report: Mapping[str, Any]) -> float | None:
+    """KL(baseline ‖ merged, rounded as written, in float32); None where the proof was against another live model."""
+    merge, base = report.get("merge"), report.get("merge_base")
+    if not merge or merge.get("reference"):
+        return None
+    if base and base["chosen"] == "original":  # the baseline is on the quantized one
+        measured = base["measured"]
+        return float(measured["candidates"]["original"]["kl_mean"]["value"]) if measured else None
+    steps = merge.get("steps")
+    return float((steps[-1] if steps else merge)["rounding_kl"])
+
+
 def merge_base_lines(found: Mapping[str, Any]) -> list[str]:
     """Which base a QLoRA adapter was merged into, and what both cost where they were measured."""
     measured = found["measured"]

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from lora2edge.errors import OutputError
-from lora2edge.report import write_report
+from lora2edge.report import words, write_report
 from lora2edge.report.findings import find, headline
 from lora2edge.report.render import render_html, render_markdown
 from lora2edge.report.schema import check_report
@@ -362,3 +362,17 @@ def _height(shape: ET.Element) -> float:
         return float(shape.attrib["cy"])
     corners = [point.split(",") for point in shape.attrib["points"].split()]
     return sum(float(y) for _, y in corners) / len(corners)
+
+
+def test_the_merged_checkpoint_s_kl_is_against_the_baseline() -> None:
+    """The proof's live model is another one where there is no live form, in a sequence, and on the original base."""
+    merge = {"rounding_kl": 3e-5}
+    measured = {"candidates": {"original": {"kl_mean": {"value": 0.01}}}}
+    assert words.merged_kl({"merge": merge}) == 3e-5
+    assert words.merged_kl({"merge": None}) is None
+    assert words.merged_kl({"merge": {**merge, "reference": "no live reference"}}) is None
+    assert words.merged_kl({"merge": {**merge, "steps": [{"rounding_kl": 3e-5}, {"rounding_kl": 1e-5}]}}) == 1e-5
+    for found, expected in ((measured, 0.01), (None, None)):
+        assert words.merged_kl({"merge": merge, "merge_base": {"chosen": "original", "measured": found}}) == expected
+    chosen = {"chosen": "dequantized", "measured": measured}
+    assert words.merged_kl({"merge": merge, "merge_base": chosen}) == 3e-5
