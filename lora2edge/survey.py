@@ -342,7 +342,7 @@ def _check_disk(estimates: dict[str, Estimate], machine: Machine, out: Path | No
                 "disk-full",
                 f"the artifacts need {needed / 1e6:,.1f} MB, {machine.disk_bytes / 1e6:,.1f} MB are free at "
                 f"{out or Path.cwd()}",
-                why="an artifact is written whole or not at all",
+                why="an artifact is written whole or not at all; with GPTQ its tensors wait in files of their own before",
                 hint="free space, or choose another disk with --out",
             )
         )

@@ -29,7 +29,7 @@ class CalibrationOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(default=65536, gt=0)
+    tokens: int = Field(default=32768, gt=0)
 
 
 class Target(BaseModel):

@@ -32,7 +32,9 @@ class GptqOptions:
     """How GPTQ rounds a layer."""
 
     damping: float = 0.01
-    """Added to the diagonal of H, as a share of its mean over the channels that are not dead."""
+    """Added to the diagonal of H at least, as a share of its mean over the channels that are not dead."""
+    sampling: float = 0.0
+    """Damping for each column per token, where that is more: H of few tokens is uncertain. 0 is the paper's GPTQ."""
     most_damping: float = 1.0
     """Where the factorization fails, damping is raised tenfold up to this; then weights are rounded to nearest."""
     activation_order: bool = True
@@ -58,11 +60,15 @@ class Factor:
     order: NDArray[np.int64]
     """The column that comes at each place."""
     importance: FloatArray
-    """The diagonal of H over its mean, and damping, by column: above 0, for fitting grids (as llama.cpp's imatrix)."""
+    """The diagonal of H over its mean, and the least damping, by column: above 0, for fitting grids."""
     scale: float
     """The mean diagonal of H over the channels that are not dead."""
     damping: float
     """What was added, as a share of `scale`."""
+    raised: bool
+    """Whether the factorization needed more than was asked for."""
+    scarce: bool
+    """Whether all damping was asked for that may be: there are fewer tokens than columns."""
     dead: NDArray[np.int64]
     """Channels whose inputs were all zero: their columns are rounded to nearest and pass no error on."""
     tokens: int
@@ -88,9 +94,16 @@ class Factor:
 
 
 def factorize(
-    mean: NDArray[Any], tokens: int, options: GptqOptions | None = None, *, dropped_tokens: int = 0
+    mean: NDArray[Any],
+    tokens: int,
+    options: GptqOptions | None = None,
+    *,
+    rows: int | None = None,
+    dropped_tokens: int = 0,
 ) -> Factor:
     """Damps and factors H = XᵀX / tokens, `[columns, columns]` (`Gram.mean`).
+
+    `rows`: how many of the tokens are not repetitions (`Gram.rows`); None: all.
 
     Takes at most 12 bytes an element of H beside it. Never raises for what H holds: without a token, with inputs that
     are all zero or not finite, or where no damping helps, the factor says so and rounds to nearest.
@@ -109,23 +122,27 @@ def factorize(
     scale = 1.0 if fallback else float(diagonal[live].mean())
     diagonal = np.where(live, diagonal / scale, 1.0) if not fallback else np.ones(columns)
     order = np.argsort(-diagonal * live, kind="stable") if options.activation_order else np.arange(columns)
-    damping, unit, pivots = options.damping, np.empty((0, 0), options.dtype), np.empty(0)
+    uncertain = options.sampling * columns / max(tokens if rows is None else rows, 1)
+    asked = damping = max(options.damping, min(uncertain, options.most_damping))
+    unit, pivots = np.empty((0, 0), options.dtype), np.empty(0)
     while not fallback:
         try:
             unit, pivots = _factored(mean, diagonal, order, scale, damping, options.dtype)
             break
         except np.linalg.LinAlgError:
-            if damping * 10 > options.most_damping * (1 + 1e-9):
+            if damping >= options.most_damping:
                 fallback = "factorization failed"
             else:
-                damping = max(damping * 10, _LEAST)
+                damping = min(max(damping * 10, _LEAST), options.most_damping)
     return Factor(
         unit=unit,
         pivots=pivots,
         order=order,
-        importance=(np.where(live, diagonal, 0) + max(damping, _LEAST)).astype(np.float32),
+        importance=(np.where(live, diagonal, 0) + max(options.damping, _LEAST)).astype(np.float32),
         scale=scale,
         damping=damping,
+        raised=damping > asked,
+        scarce=uncertain >= options.most_damping,
         dead=np.flatnonzero(~live) if not fallback else np.empty(0, np.int64),
         tokens=tokens,
         dropped_tokens=dropped_tokens,

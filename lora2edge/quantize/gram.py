@@ -28,7 +28,9 @@ class Gram:
 
     def __init__(self, columns: int, *, paired: bool = False, dtype: Literal["float32", "float64"] = "float32") -> None:
         self.tokens = 0
-        """Tokens that were added."""
+        """Tokens that were added, each as often as it counts."""
+        self.rows = 0
+        """The same, each once."""
         self.dropped_tokens = 0
         """Tokens left out because one of their inputs was NaN or infinite."""
         self._sum: NDArray[Any] = np.zeros((columns, columns), dtype)
@@ -83,6 +85,7 @@ class Gram:
             self.dropped_tokens += times * int(len(finite) - finite.sum())
             tokens, apart = tokens[finite], None if apart is None else apart[finite]
         self.tokens += times * len(tokens)
+        self.rows += len(tokens)
         if not len(tokens):
             return
         if times > 1:

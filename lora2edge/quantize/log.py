@@ -23,7 +23,11 @@ class Rounded:
     method: str
     """`gptq` or `nearest`."""
     damping: float | None
-    """What the factorization needed, as a share of H's mean diagonal."""
+    """Of H, as a share of its mean diagonal."""
+    raised: bool
+    """Whether the factorization needed more damping than was asked for."""
+    scarce: bool
+    """Whether there were fewer tokens than input channels."""
     tokens: int
     dropped_tokens: int
     """Tokens with an input that was not finite."""
@@ -38,8 +42,7 @@ class Rounded:
 class RoundingLog:
     """An entry for each tensor that was rounded."""
 
-    def __init__(self, damping: float) -> None:
-        self._damping = damping
+    def __init__(self) -> None:
         self._entries: dict[str, Rounded] = {}
 
     def add(self, tensor: str, grid: Grid, factor: Factor) -> None:
@@ -49,6 +52,8 @@ class RoundingLog:
             tensor=tensor,
             method="nearest" if factor.fallback else "gptq",
             damping=None if factor.fallback else factor.damping,
+            raised=factor.raised,
+            scarce=factor.scarce,
             tokens=factor.tokens,
             dropped_tokens=factor.dropped_tokens,
             dead_channels=len(factor.dead),
@@ -81,10 +86,16 @@ class RoundingLog:
         lines = []
         for reason, count in sorted(Counter(entry.fallback for entry in entries if entry.fallback).items()):
             lines.append(f"{count} of {len(entries)} tensors were rounded to nearest, without GPTQ: {reason}")
-        raised = [entry for entry in entries if entry.damping is not None and entry.damping > self._damping]
+        raised = [entry for entry in entries if entry.damping is not None and entry.raised]
         if raised:
             most = max(entry.damping or 0 for entry in raised)
-            lines.append(f"{len(raised)} tensors needed more damping than {self._damping:g}, up to {most:g}")
+            lines.append(f"{len(raised)} tensors needed more damping than was asked for, up to {most:g}")
+        scarce = sum(entry.scarce and entry.fallback is None for entry in entries)
+        if scarce:
+            lines.append(
+                f"{scarce} of {len(entries)} tensors have more input channels than there were calibration tokens: "
+                "with more text they would be rounded better"
+            )
         dropped = [entry for entry in entries if entry.dropped_tokens]
         if dropped:
             most_dropped = max(entry.dropped_tokens for entry in dropped)
@@ -98,6 +109,7 @@ class RoundingLog:
             lines.append(f"{channels} input channels of {len(dead)} tensors were always zero: rounded to nearest there")
         return lines
 
-    def _is_unusual(self, entry: Rounded) -> bool:
-        sound = entry.damping is not None and entry.damping <= self._damping
+    @staticmethod
+    def _is_unusual(entry: Rounded) -> bool:
+        sound = entry.fallback is None and not entry.raised and not entry.scarce
         return not sound or bool(entry.dropped_tokens or entry.dead_channels or entry.zero_groups)

@@ -54,7 +54,7 @@ def check(factor: Factor, weights: np.ndarray = WEIGHTS, grid: Grid = GRID) -> t
         other = gptq_codes(weights, blocks, factor)
         assert np.isfinite(blocks.values(other)).all()
         assert len(replace_codes(data, name, other)) == len(data)
-    log = RoundingLog(0.01)
+    log = RoundingLog()
     log.add("blk.0.ffn_down.weight", grid, factor)
     assert json.loads(json.dumps(log.to_json(), allow_nan=False)) == log.to_json()
     return codes, log
@@ -153,7 +153,7 @@ def test_damping_is_raised_tenfold_where_h_is_not_positive() -> None:
     result = factorize(mean, 700, GptqOptions(damping=0.01))
     _, log = check(result)
     assert result.damping == pytest.approx(1.0) or result.damping == pytest.approx(0.1)
-    assert log.notes() == [f"1 tensors needed more damping than 0.01, up to {result.damping:g}"]
+    assert log.notes() == [f"1 tensors needed more damping than was asked for, up to {result.damping:g}"]
 
 
 def test_where_no_damping_helps_the_nearest_codes_are_taken() -> None:
@@ -208,9 +208,31 @@ def test_a_correction_that_is_not_finite_is_not_made() -> None:
 
 
 def test_the_log_adds_up_slabs_and_tensors() -> None:
-    log, factor = RoundingLog(0.01), factor_of(INPUTS)
+    log, factor = RoundingLog(), factor_of(INPUTS)
     zero = replace(GRID, step=np.zeros_like(GRID.step))
     for tensor, grid in (("b", zero.rows(0, 1)), ("a", zero.rows(0, 1)), ("b", zero.rows(1, 3)), ("c", GRID)):
         log.add(tensor, grid, factor)
     assert [(entry.tensor, entry.zero_groups) for entry in log.entries] == [("a", 4), ("b", 12), ("c", 0)]
     assert [entry["tensor"] for entry in log.to_json()["unusual"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("rows", "damping"), [(25600, 0.01), (2560, 0.1), (512, 0.5), (256, 1.0), (10, 1.0)])
+def test_few_tokens_are_damped_more(rows: int, damping: float) -> None:
+    gram = Gram(COLUMNS)
+    gram.add(np.random.default_rng(2).standard_normal((rows, COLUMNS)).astype(np.float32))
+    result = factorize(gram.mean(), gram.tokens, GptqOptions(sampling=1.0), rows=gram.rows)
+    _, log = check(result)
+    assert result.damping == pytest.approx(damping)
+    assert result.scarce is (rows <= COLUMNS)
+    assert ["more input channels" in note for note in log.notes()] == [True] * result.scarce
+
+
+def test_repetitions_are_no_more_text() -> None:
+    gram = Gram(COLUMNS)
+    gram.add(INPUTS[:100], times=50)
+    assert (gram.tokens, gram.rows) == (5000, 100)
+    whole = Gram(COLUMNS)
+    whole.add(np.tile(INPUTS[:100], (50, 1)))
+    mean = gram.mean()
+    np.testing.assert_allclose(mean, whole.mean(), atol=1e-4)
+    assert factorize(mean, 5000, GptqOptions(sampling=1.0), rows=100).damping == 1.0

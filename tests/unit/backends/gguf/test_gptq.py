@@ -8,16 +8,19 @@ from typing import Any
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 
+from lora2edge.adapters import MergedCheckpoint, open_view
 from lora2edge.backends.gguf import GgufBackend
 from lora2edge.calibration import StoredCalibration, calibrate
 from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
-from lora2edge.contracts import Item, Machine, Sample
+from lora2edge.contracts import Checkpoint, CheckpointRef, Item, Machine, Sample, SessionOptions
 from lora2edge.errors import InputError, TargetError
 from lora2edge.progress import SILENT
+from lora2edge.texts import Renderer, read_items
 from tests.tiny import make_checkpoint
 from tests.unit.backends.gguf.lowering import divergence, lower, target
 
@@ -33,7 +36,7 @@ def texts(count: int = 24, *, length: int = 40, seed: int = 0) -> list[Sample]:
     return [Sample((*start, *rest), 1, item) for rest in rests]
 
 
-def calibrated(view: StoredCheckpoint, folder: Path, samples: list[Sample] | None = None) -> StoredCalibration:
+def calibrated(view: Checkpoint, folder: Path, samples: list[Sample] | None = None) -> StoredCalibration:
     folder.mkdir()
     return calibrate(view, samples or texts(), folder, SILENT, device="cpu", threads=1, layer_inputs=True)
 
@@ -172,6 +175,48 @@ def test_without_calibration_text_llama_cpp_rounds(tmp_path: Path) -> None:
     files = [(tmp_path / side / "model.gguf").read_bytes() for side in ("default", "named")]
     assert files[0] == files[1]
     assert found.notes["rounding"] == {"method": "llama.cpp", "why": "no calibration text"}
+
+
+# ---------------------------------------------------------------- trained weights
+
+EXAMPLE = Path(__file__).parents[4] / "examples" / "medical"
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[MergedCheckpoint, StoredCalibration]:
+    view = open_view(CheckpointRef.of(EXAMPLE / "base", EXAMPLE / "adapter"))
+    folder = tmp_path_factory.mktemp("example") / "calibration"
+    return view, calibrated(view, folder, example_samples(view, "calibration", 60))
+
+
+def example_samples(view: MergedCheckpoint, part: str, count: int) -> list[Sample]:
+    renderer = Renderer(view.tokenizer)
+    return [renderer.sample(item) for item in read_items(EXAMPLE / "data" / f"{part}.jsonl")[:count]]
+
+
+@pytest.mark.parametrize("precision", ["q4_0", "q4_k_m", "q6_k"])
+def test_the_shipped_example(example: Any, precision: str, tmp_path: Path) -> None:
+    """KL of llama.cpp's answers to PEFT's live adapter: what the default promises against llama.cpp's own rounding."""
+    view, calibration = example
+    base = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLE / "base", dtype=torch.float32)
+    live = peft.PeftModel.from_pretrained(base, EXAMPLE / "adapter").eval()
+    tests = example_samples(view, "test", 80)
+    kl, flips = {}, {}
+    for rounding in ("gptq", "llama.cpp"):
+        lower(view, tmp_path / rounding, precision, calibration, rounding=rounding)
+        session = GgufBackend().open(tmp_path / rounding, target(precision), SessionOptions("cpu", 1, 1, 512))
+        ids, positions = [sample.ids for sample in tests], [sample.positions for sample in tests]
+        told = []
+        for sample, logits in zip(tests, session.logits(ids, positions), strict=True):
+            with torch.no_grad():
+                expected = torch.log_softmax(live(torch.tensor([sample.ids])).logits[0, sample.positions].double(), -1)
+            found = torch.log_softmax(torch.from_numpy(logits).double(), -1)
+            told.append(((expected.exp() * (expected - found)).sum(-1), expected.argmax(-1) != found.argmax(-1)))
+        session.close()
+        kl[rounding] = torch.cat([item for item, _ in told]).mean()
+        flips[rounding] = torch.cat([item for _, item in told]).sum()
+    assert kl["gptq"] < 0.65 * kl["llama.cpp"]
+    assert flips["gptq"] <= flips["llama.cpp"]
 
 
 # ---------------------------------------------------------------- planted faults

@@ -38,7 +38,7 @@ def output_error(data: np.ndarray, name: str) -> float:
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q4_1", "Q5_1", "Q2_K"])
 def test_at_the_same_size_the_outputs_are_nearer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "SLAB_ELEMENTS", 16 * COLUMNS)
-    factor, log = factor_of(INPUTS), RoundingLog(0.01)
+    factor, log = factor_of(INPUTS), RoundingLog()
     mine = encode_gptq(TENSOR, WEIGHTS, name, load_library(), factor, log)
     imatrix = np.square(INPUTS, dtype=np.float64).mean(axis=0).astype(np.float32)
     theirs = encode(TENSOR, WEIGHTS, name, load_library(), imatrix)
@@ -53,14 +53,14 @@ def test_at_the_same_size_the_outputs_are_nearer(name: str, monkeypatch: pytest.
 
 
 def test_without_sound_inputs_it_is_llama_cpps_rounding() -> None:
-    log = RoundingLog(0.01)
+    log = RoundingLog()
     data = encode_gptq(TENSOR, WEIGHTS, "Q4_K", load_library(), factor_of(INPUTS[:0]), log)
     np.testing.assert_array_equal(data, encode(TENSOR, WEIGHTS, "Q4_K", load_library(), None))
     assert log.entries[0].fallback == "no tokens"
 
 
 def test_a_type_without_a_grid_is_llama_cpps() -> None:
-    log, factor = RoundingLog(0.01), factor_of(INPUTS)
+    log, factor = RoundingLog(), factor_of(INPUTS)
     for name in ("F16", "IQ4_XS"):
         data = encode_gptq(TENSOR, WEIGHTS, name, load_library(), factor, log)
         np.testing.assert_array_equal(data, encode(TENSOR, WEIGHTS, name, load_library(), factor.importance))
@@ -68,7 +68,7 @@ def test_a_type_without_a_grid_is_llama_cpps() -> None:
 
 
 def test_a_block_of_zeros_stays_zero_and_is_counted() -> None:
-    weights, log = WEIGHTS.copy(), RoundingLog(0.01)
+    weights, log = WEIGHTS.copy(), RoundingLog()
     weights[:, 256:], weights[4] = 0, 0
     data = encode_gptq(TENSOR, weights, "Q6_K", load_library(), factor_of(INPUTS), log)
     values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q6_K).reshape(weights.shape)
@@ -82,5 +82,5 @@ def test_weights_that_no_block_holds(value: float, code: str) -> None:
     weights = WEIGHTS.copy()
     weights[3, 3] = value
     with pytest.raises(CheckpointError) as caught:
-        encode_gptq(TENSOR, weights, "Q4_K", load_library(), factor_of(INPUTS), RoundingLog(0.01))
+        encode_gptq(TENSOR, weights, "Q4_K", load_library(), factor_of(INPUTS), RoundingLog())
     assert caught.value.code == code
