@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,10 @@ from lora2edge.contracts import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from lora2edge.contracts import FloatArray
+
+    Change = Callable[[NDArray[np.int64], FloatArray], FloatArray]
 
 _NEAR_ROWS = 8
 """Rows of the embedding that lie closer together are read in one go."""
@@ -58,6 +62,10 @@ class Owner:
     info: TensorInfo
 
 
+class Reached(Exception):
+    """Raised by a hook within a run that has what it wanted."""
+
+
 class LayeredModel:
     """The model's own forward pass, in which all layers but one are relays that pass on what they are given.
 
@@ -85,6 +93,9 @@ class LayeredModel:
         """By path, those of layers that are not loaded too."""
         self.head = _path_of(self.modules, self.model.get_output_embeddings())
         """Path of the output layer; None where there is none."""
+        head = self.modules[self.head].weight if self.head else None
+        self.is_tied = head is not None and getattr(self.model.get_input_embeddings(), "weight", None) is head
+        """Whether the output layer is the token embedding."""
         self._path, self._list = _find_layers(self.model)
         self.layers: list[Any] = list(self._list) if self._list is not None else []
         self.owners = self._find_owners()
@@ -102,6 +113,7 @@ class LayeredModel:
         """How many values a layer returns; 0: one, and no tuple; None: no layer has run yet."""
         self.loaded: int | None = None
         self._ids = np.unique([self.pad_id or 0, *ids])
+        self._embedding = self._find_embedding()
         self._load_ends()
         self.shares_prefix = self.causal and _has_plain_cache(self.model)
         """Whether the keys and values of a prefix can be kept, layer by layer."""
@@ -110,6 +122,16 @@ class LayeredModel:
     def count(self) -> int:
         """Layers; at least one."""
         return len(self.layers) or 1
+
+    @property
+    def dtype(self) -> Any:
+        """torch's, of the weights and hidden states."""
+        return self.model.dtype
+
+    @property
+    def width(self) -> int:
+        """Of a hidden state."""
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def is_whole(self) -> bool:
@@ -131,6 +153,20 @@ class LayeredModel:
         self._list[index] = self.layers[index]
         self.loaded = index
 
+    def home(self, name: str) -> str:
+        """Path of the parameter that the tensor fills, whole or in part."""
+        return self._homes[name][0]
+
+    def change_embedding(self, change: Change) -> None:
+        """Other rows for the tokens that occur. `change(ids, rows)`: ids ascending, their rows in the view and those to
+        be had, `[ids, hidden]` float32."""
+        import torch
+
+        weight = self.model.get_input_embeddings().weight
+        rows = torch.from_numpy(change(self._ids, self._embedding_rows()))
+        with torch.no_grad():
+            weight[slice(None) if self._compact else torch.from_numpy(self._ids)] = rows.to(weight)
+
     def drop(self) -> None:
         """Puts the relay in the place of the layer that is loaded, and its memory aside for the next one."""
         if self.loaded is None:
@@ -148,7 +184,8 @@ class LayeredModel:
 
         `hidden`: `[B, T, hidden]`, what the layer is given; None for the first layer, which gets the embedding.
         Returns what the layer was given, what the next one (or, after the last, the output layer) is given, and, with
-        `keep`, the keys and values of all. Padding is on the right, where no token sees it; of an encoder it is masked.
+        `keep`, the keys and values of all. Where a hook raises Reached, the rest is not run. Padding is on the right,
+        where no token sees it; of an encoder it is masked.
         """
         import torch
 
@@ -167,16 +204,19 @@ class LayeredModel:
             arguments |= {"past_key_values": self.cache, "use_cache": self.cache is not None}
         else:
             arguments["attention_mask"] = batch.seen().long().to(self.device)
-        self._injected, self._first, self.captured = hidden, None, None
+        self._injected, self._first, self.captured, done = hidden, None, None, None
         with contextlib.ExitStack() as hooks:
             if self.loaded is not None:
                 layer = self.layers[self.loaded]
                 hooks.callback(layer.register_forward_pre_hook(self._inject, with_kwargs=True).remove)
                 hooks.callback(layer.register_forward_hook(self._note_outputs).remove)
             hooks.enter_context(torch.inference_mode())
+            hooks.enter_context(contextlib.suppress(Reached))
             done = self.body(**arguments)
         last = self.loaded is None or self.loaded == self.count - 1
-        given = (done.last_hidden_state if self.causal else None) if last else self.captured
+        given = self.captured
+        if last and self.causal and done is not None:
+            given = done.last_hidden_state
         first, cache = self._first, self.cache if keep else None
         self._injected = self._first = self.captured = self.cache = None
         return first, given, cache
@@ -271,19 +311,36 @@ class LayeredModel:
         if path is None or not isinstance(embedding, torch.nn.Embedding):
             return None
         weight = embedding.weight
-        places = dict(self.model.named_parameters(remove_duplicate=False))
-        named = [name for name, found in self._homes.items() if any(places.get(home) is weight for home in found)]
-        named.sort(key=lambda name: f"{path}.weight" not in self._homes[name])
-        if not named or (not self.causal and self.head and self.modules[self.head].weight is weight):
+        if self._embedding is None or (not self.causal and self.is_tied):
             return None
-        rows = torch.empty(len(self._ids), weight.shape[1], dtype=weight.dtype, device=self.device)
-        for start, stop, wanted in _runs(self._ids):
-            values = torch.from_numpy(self.view.rows(named[0], int(wanted[0]), int(wanted[-1]) + 1))
-            rows[start:stop] = values[torch.from_numpy(wanted - wanted[0])]
+        rows = torch.from_numpy(self._embedding_rows()).to(weight.dtype).to(self.device)
         embedding.weight, embedding.padding_idx = _parameter(rows), None
         known = torch.from_numpy(self._ids).to(self.device)
         embedding.register_forward_pre_hook(lambda module, given: (self._row_of(known, given[0]), *given[1:]))
         return path
+
+    def _find_embedding(self) -> str | None:
+        """The view's tensor of the token embedding; None where it is not one parameter."""
+        import torch
+
+        embedding = self.model.get_input_embeddings()
+        path = _path_of(self.modules, embedding)
+        if path is None or not isinstance(embedding, torch.nn.Embedding):
+            return None
+        places = dict(self.model.named_parameters(remove_duplicate=False))
+        named = [
+            name for name, found in self._homes.items() if any(places.get(home) is embedding.weight for home in found)
+        ]
+        return min(named, key=lambda name: f"{path}.weight" not in self._homes[name], default=None)
+
+    def _embedding_rows(self) -> FloatArray:
+        """Of the tokens that occur, as the view has them: `[ids, hidden]` float32."""
+        assert self._embedding
+        rows = np.empty((len(self._ids), *self.view.tensors[self._embedding].shape[1:]), np.float32)
+        for start, stop, wanted in _runs(self._ids):
+            values = self.view.rows(self._embedding, int(wanted[0]), int(wanted[-1]) + 1)
+            rows[start:stop] = values[wanted - wanted[0]]
+        return rows
 
     def _row_of(self, known: Any, ids: Any) -> Any:
         import torch

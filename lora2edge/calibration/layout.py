@@ -34,7 +34,7 @@ class Layout:
         """Of a file."""
         return self.prefix + sum(len(ids) - self.prefix for ids in self.ids)
 
-    @property
+    @cached_property
     def first(self) -> Batch | None:
         """The prefix, which counts for every sample; None where there is none."""
         return Batch([self.ids[0][: self.prefix]], len(self.ids)) if self.prefix else None
@@ -53,6 +53,12 @@ class Layout:
         """What is run behind the prefix."""
         for group in self.groups:
             yield Batch([self.ids[index][self.prefix :] for index in group])
+
+    def all_batches(self) -> Iterator[Batch]:
+        """All that is run: the prefix, where there is one, and what is behind it."""
+        if self.first:
+            yield self.first
+        yield from self.batches()
 
     def places(self) -> list[range]:
         """Which rows of a file each sample's own tokens, those behind the prefix, are."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from lora2edge.calibration.layers import Batch, LayeredModel
+from lora2edge.calibration.hidden import HiddenStates, append_states
+from lora2edge.calibration.layers import LayeredModel
 from lora2edge.calibration.layout import Layout
 from lora2edge.calibration.model import require
 from lora2edge.calibration.recorder import Recorder
 from lora2edge.calibration.stored import (
+    Settings,
     StoredCalibration,
     hidden_name,
     inputs_name,
@@ -82,7 +80,8 @@ def calibrate(
         stats = unpack_stats(folder / stats_name(layer))
         places.update((name, (layer, stats[name].count)) for name in stats)
     in_order = {name: places[name] for name in view.tensors if name in places}
-    return store(folder, samples, in_order, layout.prefix, model.count, kept=layer_inputs)
+    settings = Settings(device, dtype, threads)
+    return store(folder, samples, in_order, layout.prefix, model.count, settings, kept=layer_inputs)
 
 
 def _give_back() -> None:
@@ -107,76 +106,42 @@ def _run_layer(
     model: LayeredModel, layer: int, recorder: Recorder, layout: Layout, journal: Journal, layer_inputs: bool
 ) -> None:
     """All batches through one layer: its statistics, and what the next one is given, are on the disk afterwards."""
-    last = layer == model.count - 1
+    last, kept = layer == model.count - 1, layer_inputs and not model.is_whole
+    before = journal.folder / hidden_name(layer)
     model.load(layer)
-    before = _Rows(journal.folder / hidden_name(layer)) if layer else None
-    after = None if last else GrowingFile(journal, hidden_name(layer + 1), ())
-    kept = GrowingFile(journal, inputs_name(layer), ()) if layer_inputs and not model.is_whole else None
-    try:
+    with contextlib.ExitStack() as open_files:
+
+        def grow(name: str, wanted: bool) -> list[GrowingFile]:
+            return [open_files.enter_context(GrowingFile(journal, name, ()))] if wanted else []
+
+        hidden_after = grow(hidden_name(layer + 1), not last)
+        inputs = grow(inputs_name(layer), kept)
+        head_inputs = grow(inputs_name(layer + 1), kept and last and model.causal and model.head is not None)
+        states = open_files.enter_context(HiddenStates(before, model.dtype, model.width)) if layer else None
+        prefix = None
         with recorder.watching(layer):
-            prefix = None
-            for batch in (layout.first, *layout.batches()):
-                if batch is None:
-                    continue
-                first = layout.first is not None and prefix is None
+            for batch in layout.all_batches():
+                first = batch is layout.first
                 recorder.begin(batch)
-                hidden = before.read(batch, model) if before else None
+                hidden = states.read(batch).to(model.device) if states else None
                 given, following, cache = model.run(batch, hidden, prefix=prefix, keep=first)
                 prefix = cache if first else prefix
                 if following is not None and last:
                     recorder.add_head(following)
-                if after:
-                    _append(after, following, batch)
-                if kept:
-                    _append(kept, given.bfloat16(), batch)
+                for file in hidden_after:
+                    append_states(file, following, batch)
+                for file in inputs:
+                    append_states(file, given.bfloat16(), batch)
+                for file in head_inputs:
+                    append_states(file, following.bfloat16(), batch)
         stats = recorder.results(layer)
         _check(stats, model)
-        for file in (after, kept):
-            if file:
-                file.finish()
-    finally:
-        for file in (after, kept):
-            if file:
-                file.__exit__(None, None, None)
-        if before:
-            before.close()
+        for file in (*hidden_after, *inputs, *head_inputs):
+            file.finish()
     with GrowingFile(journal, stats_name(layer), ()) as file:
         file.append(memoryview(pack_stats(stats)))
         file.finish()
-    (journal.folder / hidden_name(layer)).unlink(missing_ok=True)
-
-
-class _Rows:
-    """What a layer is given, read in the order in which it was written."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._offset = 0
-
-    def read(self, batch: Batch, model: LayeredModel) -> Any:
-        """`[B, T, hidden]` in the model's dtype; zeros where padding is."""
-        import torch
-
-        dtype, seen = model.model.dtype, batch.seen()
-        width = model.model.config.get_text_config().hidden_size
-        raw = np.empty(batch.tokens * width * dtype.itemsize, np.uint8)
-        if os.preadv(self._handle, [raw.data], self._offset) != len(raw):
-            raise OSError(f"a file of the calibration pass is too short at {self._offset}")
-        self._offset += len(raw)
-        hidden = torch.zeros(*seen.shape, width, dtype=dtype)
-        hidden[seen] = torch.from_numpy(raw).view(dtype).view(-1, width)
-        return hidden.to(model.device)
-
-    def close(self) -> None:
-        os.close(self._handle)
-
-
-def _append(file: GrowingFile, values: Any, batch: Batch) -> None:
-    """The rows of `values`, `[B, T, hidden]`, that are tokens."""
-    import torch
-
-    rows = values.cpu()[batch.seen()].contiguous()
-    file.append(memoryview(rows.view(torch.uint8).numpy()).cast("B"))
+    before.unlink(missing_ok=True)
 
 
 def _check(stats: dict[str, ChannelStats], model: LayeredModel) -> None:

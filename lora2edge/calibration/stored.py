@@ -8,7 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\..+")
-_SCHEMA = 2
+_SCHEMA = 3
 _SAMPLES, _COVERAGE, _MANIFEST = "samples.jsonl", "coverage.json", "manifest.json"
 
 
@@ -35,13 +35,26 @@ def stats_name(layer: int) -> str:
 
 
 def inputs_name(layer: int) -> str:
-    """File of what `layer` is given: `[rows, hidden]` bfloat16, rows in the layout's order."""
+    """File of what `layer` is given: `[rows, hidden]` bfloat16, rows in the layout's order.
+
+    Behind the last layer comes the output layer.
+    """
     return f"inputs-{layer:04}.bf16"
 
 
 def hidden_name(layer: int) -> str:
     """File of the same in the dtype of the pass, there only until the layer is finished."""
     return f"hidden-{layer:04}.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the model was run: what runs its layers again does it in the same way."""
+
+    device: str
+    dtype: str
+    """As torch names it."""
+    threads: int
 
 
 class StoredCalibration:
@@ -55,6 +68,7 @@ class StoredCalibration:
         """Tokens that all samples begin with, and that were run once."""
         self.layers: int = manifest["layers"]
         """Decoder or encoder layers; 1 where the model was run whole."""
+        self.settings = Settings(**manifest["settings"])
         self.keeps_inputs: bool = manifest["layer_inputs"]
         self._places: dict[str, tuple[int, int]] = manifest["tensors"]
 
@@ -112,11 +126,9 @@ class StoredCalibration:
         layer, _ = self._places[name]
         return unpack_stats(self.path / stats_name(layer), only=name)[name]
 
-    def layer_rows(self, layer: int) -> Any:
-        """What `layer` is given, `[rows, hidden]` bfloat16 as uint16, in the layout's order: the prefix once.
-
-        A memory map, read only. Raises DataError where it was not kept.
-        """
+    def inputs_path(self, layer: int) -> Path:
+        """The file of what `layer`, or behind the last the output layer, is given. Raises DataError where it was not
+        kept."""
         path = self.path / inputs_name(layer)
         if not self.keeps_inputs or not path.is_file():
             raise DataError(
@@ -125,11 +137,11 @@ class StoredCalibration:
                 why=f"it has {self.layers} layers" if self.keeps_inputs else "no target asked for it",
                 hint=f"remove {self.path}: the next build makes it again",
             )
-        return np.memmap(path, np.uint16, "r").reshape(self.layout.rows, -1)
+        return path
 
     def layer_inputs(self, layer: int) -> Iterator[FloatArray]:
         """As contracts.Calibration has it; the samples' common prefix is in each array."""
-        rows = self.layer_rows(layer)
+        rows = np.memmap(self.inputs_path(layer), np.uint16, "r").reshape(self.layout.rows, -1)
         first = rows[: self.prefix]
         for place in self.layout.places():
             raw = np.concatenate([first, rows[place.start : place.stop]])
@@ -142,6 +154,7 @@ def store(
     places: Mapping[str, tuple[int, int]],
     prefix: int,
     layers: int,
+    settings: Settings,
     *,
     kept: bool,
 ) -> StoredCalibration:
@@ -154,6 +167,7 @@ def store(
         "digest": digest([samples_digest(samples), files, tensors]),
         "prefix": prefix,
         "layers": layers,
+        "settings": asdict(settings),
         "layer_inputs": kept,
         "tensors": tensors,
         "files": files,

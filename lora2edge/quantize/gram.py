@@ -34,8 +34,8 @@ class Gram:
         self._sum: NDArray[Any] = np.zeros((columns, columns), dtype)
         self._difference: NDArray[Any] | None = np.zeros((columns, columns), dtype) if paired else None
 
-    def add(self, inputs: FloatArray, reference: FloatArray | None = None) -> None:
-        """Adds `[tokens, columns]` inputs, with `reference` (the same shape) if the sums are paired.
+    def add(self, inputs: FloatArray, reference: FloatArray | None = None, times: int = 1) -> None:
+        """Adds `[tokens, columns]` inputs, with `reference` (the same shape) if the sums are paired, `times` over.
 
         A token with an input that is not finite is left out and counted. Raises ValueError for another shape.
         """
@@ -47,7 +47,7 @@ class Gram:
             raise ValueError("a reference is needed where the sums are paired, and only there")
         for start in range(0, len(inputs), _SLAB_TOKENS):
             stop = start + _SLAB_TOKENS
-            self._add(inputs[start:stop], None if reference is None else reference[start:stop])
+            self._add(inputs[start:stop], None if reference is None else reference[start:stop], times)
 
     def mean(self) -> NDArray[Any]:
         """H = XᵀX / tokens: `[columns, columns]`, symmetric, the Gram's own memory; zeros without a token.
@@ -71,7 +71,7 @@ class Gram:
             total /= max(self.tokens, 1)
         return total
 
-    def _add(self, inputs: FloatArray, reference: FloatArray | None) -> None:
+    def _add(self, inputs: FloatArray, reference: FloatArray | None, times: int) -> None:
         tokens = np.ascontiguousarray(inputs, self._sum.dtype)
         finite = np.isfinite(tokens).all(axis=1)
         apart: NDArray[Any] | None = None
@@ -80,11 +80,14 @@ class Gram:
                 apart = reference.astype(self._sum.dtype) - tokens
             finite &= np.isfinite(apart).all(axis=1)
         if not finite.all():
-            self.dropped_tokens += int(len(finite) - finite.sum())
+            self.dropped_tokens += times * int(len(finite) - finite.sum())
             tokens, apart = tokens[finite], None if apart is None else apart[finite]
-        self.tokens += len(tokens)
+        self.tokens += times * len(tokens)
         if not len(tokens):
             return
+        if times > 1:
+            scale = self._sum.dtype.type(np.sqrt(times))
+            tokens, apart = tokens * scale, None if apart is None else apart * scale
 
         def add_panel(start: int) -> None:
             stop = start + _PANEL

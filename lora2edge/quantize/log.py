@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from lora2edge.quantize.factor import Factor
 from lora2edge.quantize.grid import Grid
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +36,34 @@ class Rounded:
 
 
 class RoundingLog:
-    """Collects entries from all threads; the same for any order in which slabs are finished."""
+    """An entry for each tensor that was rounded."""
 
     def __init__(self, damping: float) -> None:
         self._damping = damping
-        self._factors: dict[str, Factor] = {}
-        self._zero_groups: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._entries: dict[str, Rounded] = {}
 
     def add(self, tensor: str, grid: Grid, factor: Factor) -> None:
         """Some rows of `tensor` were rounded on `grid`."""
-        zero = int(np.count_nonzero(grid.step == 0))
-        with self._lock:
-            self._factors[tensor] = factor
-            self._zero_groups[tensor] += zero
+        before = self._entries.get(tensor)
+        self._entries[tensor] = Rounded(
+            tensor=tensor,
+            method="nearest" if factor.fallback else "gptq",
+            damping=None if factor.fallback else factor.damping,
+            tokens=factor.tokens,
+            dropped_tokens=factor.dropped_tokens,
+            dead_channels=len(factor.dead),
+            zero_groups=int(np.count_nonzero(grid.step == 0)) + (before.zero_groups if before else 0),
+            fallback=factor.fallback,
+        )
+
+    def extend(self, entries: Iterable[Rounded]) -> None:
+        """What another log has."""
+        self._entries.update((entry.tensor, entry) for entry in entries)
 
     @property
     def entries(self) -> Sequence[Rounded]:
         """By the tensors' names."""
-        return [
-            Rounded(
-                tensor=tensor,
-                method="nearest" if factor.fallback else "gptq",
-                damping=None if factor.fallback else factor.damping,
-                tokens=factor.tokens,
-                dropped_tokens=factor.dropped_tokens,
-                dead_channels=len(factor.dead),
-                zero_groups=self._zero_groups[tensor],
-                fallback=factor.fallback,
-            )
-            for tensor, factor in sorted(self._factors.items())
-        ]
+        return [entry for _, entry in sorted(self._entries.items())]
 
     def to_json(self) -> dict[str, Any]:
         """Counts, and the entries of the tensors where something was not as usual."""

@@ -1,17 +1,20 @@
-"""Layers run again on their stored inputs, against the whole model."""
+"""Layers run again on their stored inputs, against the whole model; and quantized ones beside them."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from lora2edge.calibration import Replay, calibrate
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.errors import DataError
+from lora2edge.journal import Journal
 from lora2edge.progress import SILENT
 from tests.architectures import ARCHITECTURES, make_model
 from tests.unit.calibration.whole import run_whole, samples
@@ -25,18 +28,24 @@ def test_matrices_of_inputs_are_those_of_the_whole_model(name: str, tmp_path: Pa
     expected = run_whole(view, texts)
     (tmp_path / "out").mkdir()
     found = calibrate(view, texts, tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
-    replay = Replay(view, found, device="cpu")
+    replay = Replay(view, found)
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
+
+    def add(group: list[str], batches: Any) -> None:
+        for batch in batches:
+            assert batch.reference is None
+            product = batch.times * (batch.values.astype(np.float64).T @ batch.values)
+            for tensor in group:
+                sums[tensor] = sums.get(tensor, 0.0) + product
+                counts[tensor] = counts.get(tensor, 0) + batch.times * len(batch.values)
+
     for layer in reversed(range(found.layers)):
-
-        def add(tensor: str, inputs: Any, times: int) -> None:
-            assert inputs.dtype == torch.float32
-            product = times * (inputs.double().T @ inputs.double()).numpy()
-            sums[tensor] = sums.get(tensor, 0.0) + product
-            counts[tensor] = counts.get(tensor, 0) + times * len(inputs)
-
-        replay.visit(layer, add)
+        for group in replay.open(layer):
+            add(group, replay.inputs(group))
+        replay.close()
+    if view.task == "causal-lm":
+        add(replay.head, replay.head_inputs())
     assert set(sums) == {tensor for tensor in found.names if found.counts[tensor]}
     compared = 0
     for tensor, product in sums.items():
@@ -51,11 +60,77 @@ def test_matrices_of_inputs_are_those_of_the_whole_model(name: str, tmp_path: Pa
     assert compared >= 9
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi3"])
+def test_inputs_of_quantized_layers_are_those_of_a_changed_model(name: str, tmp_path: Path) -> None:
+    """Each tensor is changed when its turn comes; its inputs are those of transformers' model as it stands then."""
+    make_model(ARCHITECTURES[name], tmp_path)
+    view, texts = open_checkpoint(tmp_path), samples(12, vocab=370)
+    (tmp_path / "out").mkdir()
+    found = calibrate(view, texts, tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
+    changed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    merged = copy.deepcopy(changed)
+    generator = np.random.default_rng(0)
+
+    def noisy(values: Any) -> Any:
+        return (values * (1 + 0.2 * generator.standard_normal(values.shape))).astype(np.float32)
+
+    with Journal(tmp_path / "out") as journal, torch.no_grad():
+        replay = Replay(view, found, feedback=journal)
+
+        def embedding(ids: Any, rows: Any) -> Any:
+            weight = changed.get_input_embeddings().weight
+            np.testing.assert_array_equal(rows, weight[ids].numpy())
+            weight[ids] = torch.from_numpy(noisy(rows))
+            return weight[ids].numpy()
+
+        changed.lm_head.weight = torch.nn.Parameter(changed.lm_head.weight.clone())  # where tied: no longer
+        replay.change_embedding(embedding)
+        order = []
+        for layer in range(found.layers):
+            for group in replay.open(layer):
+                check(list(replay.inputs(group)), view, group[0], changed, merged, found)
+                for tensor in group:
+                    place = changed.get_submodule(view.module_names(tensor)[0].removesuffix(".weight")).weight
+                    place.copy_(torch.from_numpy(noisy(place.numpy())))
+                    half = len(place) // 2
+                    replay.put(tensor, 0, place[:half].numpy())
+                    replay.put(tensor, half, place[half:].numpy())
+                order.append(group)
+            replay.close()
+            assert replay.finished() == layer + 1
+        check(list(replay.head_inputs()), view, replay.head[0], changed, merged, found, "lm_head")
+    sizes = [1, 1, 1, 1] if name == "phi3" else [3, 1, 2, 1]  # query, key and value; output; gate and up; down
+    assert [len(group) for group in order] == sizes * found.layers
+    assert [path.name for path in (tmp_path / "out").glob("hidden-*")] == [f"hidden-{found.layers:04}.bin"]
+
+
+def check(batches: Any, view: Any, tensor: str, changed: Any, merged: Any, found: Any, path: str = "") -> None:
+    """Values against the changed model, references against the merged one."""
+    path = path or view.module_names(tensor)[0].removesuffix(".weight")
+    for model, sides in ((changed, [b.values for b in batches]), (merged, [b.reference for b in batches])):
+        expected: Any = 0
+        for sample in found.samples:
+            inputs = hooked(model, path, sample.ids).astype(np.float64)
+            expected = expected + inputs.T @ inputs
+        product = sum(b.times * (v.astype(np.float64).T @ v) for b, v in zip(batches, sides, strict=True))
+        tolerance = 1e-4 if model is changed else 0.02
+        assert np.linalg.norm(product - expected) < tolerance * np.linalg.norm(expected)
+
+
+def hooked(model: Any, path: str, ids: Any) -> Any:
+    seen = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _, given: seen.append(given[0][0].numpy()))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    hook.remove()
+    return seen[0]
+
+
 def test_without_stored_inputs_there_is_nothing_to_run(tmp_path: Path) -> None:
     make_model(ARCHITECTURES["llama"], tmp_path)
     view = open_checkpoint(tmp_path)
     (tmp_path / "out").mkdir()
     found = calibrate(view, samples(vocab=370), tmp_path / "out", SILENT, device="cpu", threads=1)
     with pytest.raises(DataError) as caught:
-        Replay(view, found, device="cpu").visit(0, lambda *_: None)
+        Replay(view, found)
     assert caught.value.code == "no-layer-inputs"
