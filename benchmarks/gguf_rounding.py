@@ -30,8 +30,10 @@ from measure import write_results
 
 from lora2edge.backends.gguf import MODEL_FILE
 from lora2edge.backends.gguf.container import read_header
+from lora2edge.backends.gguf.model import plan_model
 from lora2edge.backends.gguf.session import GgufSession, open_session
 from lora2edge.cache import Cache
+from lora2edge.checkpoint import open_checkpoint
 from lora2edge.pipeline import Finished, Pipeline
 from lora2edge.plan import ANSWER_TOKENS, load_all_texts, plan_build
 from lora2edge.progress import SILENT
@@ -43,8 +45,6 @@ from lora2edge.recipe import DataFiles, Recipe
 from lora2edge.target import Target
 
 TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k")
-SIXTEEN_BIT_ENDS = {"output_tensor_type": "f16", "token_embedding_type": "f16"}
-"""Embedding and head, which llama.cpp's mixtures store in other types than the layers."""
 CHUNK = 256
 """Context of llama-perplexity."""
 ATTEMPTS = 20
@@ -58,13 +58,16 @@ class Setting:
     precision: str
     ends: str
     """`mixture` (llama.cpp's choice) or `f16`."""
+    tied: bool
+    """Whether embedding and head are one tensor."""
 
     @property
     def name(self) -> str:
         return f"{self.precision}, ends {self.ends}"
 
     def target(self, rounding: str) -> Target:
-        ends = SIXTEEN_BIT_ENDS if self.ends == "f16" else {}
+        keys = ("output_tensor_type",) if self.tied else ("output_tensor_type", "token_embedding_type")
+        ends = dict.fromkeys(keys, "f16") if self.ends == "f16" else {}
         name = f"{rounding}-{self.precision}-{self.ends}"
         return Target(name=name, backend="gguf", precision=self.precision, options={"rounding": rounding, **ends})
 
@@ -173,6 +176,7 @@ class Bench:
             "tensor_bytes": sum(size for _, size in layout.values()),
             "file_bytes": {name: path.stat().st_size for name, path in files.items()},
             "rounding_llama_cpp_equals_llama_quantize": True,
+            "rounding": ours.result["notes"]["rounding"],
             "lowering": {
                 name: {key: lowered.result[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes")}
                 for name, lowered in (("gptq", ours), ("llama.cpp", plain))
@@ -264,7 +268,9 @@ def main() -> None:
     if not shutil.which(str(arguments.tools / "llama-quantize")):
         parser.error(f"{arguments.tools} holds no llama-quantize: benchmarks/build_peers.sh makes it")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    settings = [Setting(precision, ends) for ends in arguments.ends for precision in arguments.types]
+    base = open_checkpoint(arguments.base)
+    tied = all(tensor.name != "output.weight" for tensor in plan_model(base.config, base.tensors).tensors)
+    settings = [Setting(precision, ends, tied) for ends in arguments.ends for precision in arguments.types]
     bench = Bench(arguments, settings)
     floor = bench.diverge(bench.merged)
     found: dict[str, Any] = {
