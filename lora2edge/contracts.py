@@ -344,7 +344,10 @@ class Estimate:
 
     ram_bytes: int
     disk_bytes: int
+    """Of the artifact."""
     seconds: float
+    scratch_bytes: int = 0
+    """On the disk besides, while it is written."""
     max_length: int | None = None
     """Longest sequence that the artifact can hold, where it is shorter than the checkpoint's."""
     layer_inputs: bool = False

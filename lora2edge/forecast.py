@@ -110,7 +110,7 @@ def forecast_stages(
         if estimate is None:
             continue
         seconds = max(estimate.seconds, (stored_bytes(view) + estimate.disk_bytes) / _DISK_BYTES_PER_SECOND)
-        needs = (estimate.ram_bytes, estimate.disk_bytes, seconds)
+        needs = (estimate.ram_bytes, estimate.disk_bytes + estimate.scratch_bytes, seconds)
         stages.append(StageForecast("lower", target.name, *needs, "; ".join(estimate.notes)))
         loaded = estimate.disk_bytes + OVERHEAD_BYTES
         stages.append(StageForecast("measure", target.name, loaded, 0, test * second_per_token, runs))

@@ -336,13 +336,14 @@ def _check_memory(merged: MergedCheckpoint, machine: Machine, errors: list[Input
 
 def _check_disk(estimates: dict[str, Estimate], machine: Machine, out: Path | None, errors: list[InputError]) -> None:
     needed = sum(estimate.disk_bytes for estimate in estimates.values())
+    needed += max((estimate.scratch_bytes for estimate in estimates.values()), default=0)
     if needed > machine.disk_bytes:
         errors.append(
             OutputError(
                 "disk-full",
                 f"the artifacts need {needed / 1e6:,.1f} MB, {machine.disk_bytes / 1e6:,.1f} MB are free at "
                 f"{out or Path.cwd()}",
-                why="an artifact is written whole or not at all; with GPTQ its tensors wait in files of their own before",
+                why="an artifact is written whole or not at all; with GPTQ, its tensors wait in other files before",
                 hint="free space, or choose another disk with --out",
             )
         )

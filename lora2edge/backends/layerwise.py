@@ -20,7 +20,7 @@ import numpy as np
 
 from lora2edge.calibration import Inputs, Replay, StoredCalibration, open_calibration
 from lora2edge.checkpoint import in_order
-from lora2edge.contracts import Calibration, Checkpoint, Progress
+from lora2edge.contracts import Calibration, Checkpoint, Machine, Progress
 from lora2edge.errors import DataError
 from lora2edge.journal import GrowingFile, Journal
 from lora2edge.quantize import Factor, GptqOptions, Gram, Rounded, RoundingLog, corrected, factorize
@@ -163,7 +163,7 @@ class RoundingCost:
     seconds: float
 
 
-def rounding_cost(view: Checkpoint, names: Collection[str], tokens: int, cores: int) -> RoundingCost:
+def rounding_cost(view: Checkpoint, names: Collection[str], tokens: int, machine: Machine) -> RoundingCost:
     """Told from shapes: `tokens` of calibration text through float32 layers, one matrix' inputs after another's."""
     tensors = [view.tensors[name] for name in names]
     layers: Counter[str] = Counter()
@@ -178,7 +178,7 @@ def rounding_cost(view: Checkpoint, names: Collection[str], tokens: int, cores: 
     return RoundingCost(
         ram_bytes=_BASE_RAM + 8 * largest_layer + _GRAM_BYTES * widest**2 + _CHUNK_BYTES * _CHUNK_WEIGHTS,
         disk_bytes=2 * 4 * hidden * tokens,
-        seconds=operations / (_OPERATIONS_PER_SECOND * max(1, cores)),
+        seconds=operations / (machine.operations_per_second or _OPERATIONS_PER_SECOND * max(1, machine.cores)),
     )
 
 

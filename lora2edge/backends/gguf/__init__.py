@@ -71,13 +71,14 @@ class GgufBackend:
         gptq = None
         if wants_gptq(decision):
             names = gptq_names(tensors, types)
-            gptq = rounding_cost(checkpoint, names, target.calibration.tokens, machine.cores)
+            gptq = rounding_cost(checkpoint, names, target.calibration.tokens, machine)
         return Estimate(
             ram_bytes=_BASE_RAM
             + _RAM_PER_TOKENIZER_BYTE * tokenizer_bytes
             + _SLABS_PER_CORE * 4 * SLAB_ELEMENTS * _THREADS_PER_CORE * machine.cores
             + (gptq.ram_bytes if gptq else 0),
-            disk_bytes=written + tokenizer_bytes + (written + gptq.disk_bytes if gptq else 0),
+            disk_bytes=written + tokenizer_bytes,
+            scratch_bytes=written + gptq.disk_bytes if gptq else 0,
             seconds=seconds / max(1, machine.cores) + (gptq.seconds if gptq else 0.0),
             max_length=decision.model.context_length,
             layer_inputs=gptq is not None,
