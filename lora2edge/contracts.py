@@ -347,6 +347,8 @@ class Estimate:
     seconds: float
     max_length: int | None = None
     """Longest sequence that the artifact can hold, where it is shorter than the checkpoint's."""
+    layer_inputs: bool = False
+    """Whether the calibration pass has to keep what each layer is given: GPTQ's rounding needs it."""
     notes: tuple[str, ...] = ()
 
 

@@ -92,7 +92,7 @@ def forecast_stages(
     calibration = max((target.calibration.tokens for target in targets), default=0)
     test = _PROMPT_SHARE * recipe.tokens
     model = proof_bytes(view)
-    kept = any(target.needs_layer_inputs for target in targets)
+    kept = any(estimate.layer_inputs for estimate in estimates.values())
     proofs = len(view.adapters) if view.reference or view.combination.method == "sequence" else 1
     runs = f"would run the base's own code, {code}" if code else ""
     stages = [

@@ -40,6 +40,8 @@ class Plan:
     threads: int
     device: str
     max_length: int
+    layer_inputs: bool
+    """Whether a target needs what each layer of the model is given."""
 
     def check_adapters(self) -> None:
         """Reads the adapters' weights, which the plan does not. Raises AdapterError for NaN and infinity."""
@@ -83,11 +85,6 @@ class Plan:
         return max(target.calibration.tokens for target in self.targets)
 
     @property
-    def layer_inputs(self) -> bool:
-        """Whether a target needs what each layer is given."""
-        return any(target.needs_layer_inputs for target in self.targets)
-
-    @property
     def parameters(self) -> int:
         """Number of parameters of the merged model."""
         return sum(tensor.size for tensor in self.merged.tensors.values())
@@ -120,6 +117,7 @@ def plan_build(
             int(survey.merged.config.get("max_position_embeddings", _MAX_LENGTH)),
             *(estimate.max_length for estimate in survey.estimates.values() if estimate.max_length),
         ),
+        layer_inputs=any(estimate.layer_inputs for estimate in survey.estimates.values()),
     )
 
 

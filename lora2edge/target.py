@@ -56,11 +56,6 @@ class Target(BaseModel):
     """Another interpreter for this target's lowering and sessions."""
 
     @property
-    def needs_layer_inputs(self) -> bool:
-        """Whether its lowering needs what each layer of the model is given: GPTQ's rounding does."""
-        return self.options.get("rounding") == "gptq"
-
-    @property
     def folder(self) -> str:
         """Name of the artifact's folder."""
         return self.name.replace("/", "-")

@@ -93,6 +93,9 @@ class LayeredModel:
         """By path, those of layers that are not loaded too."""
         self.head = _path_of(self.modules, self.model.get_output_embeddings())
         """Path of the output layer; None where there is none."""
+        head = self.modules[self.head].weight if self.head else None
+        self.is_tied = head is not None and getattr(self.model.get_input_embeddings(), "weight", None) is head
+        """Whether the output layer is the token embedding."""
         self._path, self._list = _find_layers(self.model)
         self.layers: list[Any] = list(self._list) if self._list is not None else []
         self.owners = self._find_owners()
@@ -308,7 +311,7 @@ class LayeredModel:
         if path is None or not isinstance(embedding, torch.nn.Embedding):
             return None
         weight = embedding.weight
-        if self._embedding is None or (not self.causal and self.head and self.modules[self.head].weight is weight):
+        if self._embedding is None or (not self.causal and self.is_tied):
             return None
         rows = torch.from_numpy(self._embedding_rows()).to(weight.dtype).to(self.device)
         embedding.weight, embedding.padding_idx = _parameter(rows), None

@@ -66,9 +66,19 @@ class Replay:
         return self.model.count
 
     @property
+    def has_feedback(self) -> bool:
+        """Whether there is a quantized model beside the merged one."""
+        return self._feedback is not None
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return self.model.is_tied
+
+    @property
     def head(self) -> list[str]:
         """The output layer's tensor, which may be the embedding's; empty where there is none."""
-        return [name for name, owner in self.model.owners.items() if owner.path == self.model.head][:1]
+        return [name for name, owner in self.model.owners.items() if owner.path == self.model.head]
 
     def finished(self) -> int:
         """Of how many layers the quantized outputs are on the disk."""
@@ -144,9 +154,9 @@ class Replay:
             self._changed[path] = self.model.modules[module]._parameters[key].detach().clone()
         part_of(self._changed[path], self._view, name)[start : start + len(rows)] = torch.from_numpy(rows)
 
-    def close(self) -> None:
-        """Drops the layer; what the quantized one gives is on the disk before."""
-        if self._feedback:
+    def close(self, *, follow: bool = True) -> None:
+        """Drops the layer; where anything is to `follow` it, what the quantized one gives is on the disk before."""
+        if self._feedback and follow:
             name, run = hidden_name(self._layer + 1), _Run()
             with self._given() as given, self._quantized(), GrowingFile(self._feedback, name, ()) as file:
                 for batch in self._calibration.layout.all_batches():
@@ -155,6 +165,12 @@ class Replay:
             (self._feedback.folder / hidden_name(self._layer)).unlink(missing_ok=True)
         self._changed.clear()
         self.model.drop()
+
+    def remove_files(self) -> None:
+        """Nothing is to follow any more: the hidden states go."""
+        if self._feedback:
+            for layer in range(self.count + 1):
+                (self._feedback.folder / hidden_name(layer)).unlink(missing_ok=True)
 
     def _until(self, group: Sequence[str], batch: Batch, states: HiddenStates | None, run: _Run) -> FloatArray | None:
         """What a group is given by one batch; None where that is nothing."""

@@ -16,11 +16,14 @@ from lora2edge.backends.gguf.decide import (
     file_metadata,
     read_options,
     tensor_types,
+    wants_gptq,
     wants_imatrix,
 )
 from lora2edge.backends.gguf.imatrix import read_importance, write_imatrix
 from lora2edge.backends.gguf.model import ModelPlan, plan_model
+from lora2edge.backends.gguf.rounding import BlockEncoder, gptq_names
 from lora2edge.backends.gguf.write import SLAB_ELEMENTS, slabs, write_model
+from lora2edge.backends.layerwise import round_layers, rounding_cost
 from lora2edge.contracts import (
     BackendHealth,
     Calibration,
@@ -64,13 +67,20 @@ class GgufBackend:
             tensor.size / _WEIGHTS_PER_SECOND.get(types[tensor.name], _OTHER_WEIGHTS_PER_SECOND) for tensor in tensors
         )
         tokenizer_bytes = sum(Path(path).stat().st_size for path in checkpoint.tokenizer.files.values())
+        written = sum(tensor_bytes(types[tensor.name], tensor.shape) for tensor in tensors)
+        gptq = None
+        if wants_gptq(decision):
+            names = gptq_names(tensors, types)
+            gptq = rounding_cost(checkpoint, names, target.calibration.tokens, machine.cores)
         return Estimate(
             ram_bytes=_BASE_RAM
             + _RAM_PER_TOKENIZER_BYTE * tokenizer_bytes
-            + _SLABS_PER_CORE * 4 * SLAB_ELEMENTS * _THREADS_PER_CORE * machine.cores,
-            disk_bytes=sum(tensor_bytes(types[tensor.name], tensor.shape) for tensor in tensors) + tokenizer_bytes,
-            seconds=seconds / max(1, machine.cores),
+            + _SLABS_PER_CORE * 4 * SLAB_ELEMENTS * _THREADS_PER_CORE * machine.cores
+            + (gptq.ram_bytes if gptq else 0),
+            disk_bytes=written + tokenizer_bytes + (written + gptq.disk_bytes if gptq else 0),
+            seconds=seconds / max(1, machine.cores) + (gptq.seconds if gptq else 0.0),
             max_length=decision.model.context_length,
+            layer_inputs=gptq is not None,
             notes=(*decision.notes, *fallback_note(decision, types)),
         )
 
@@ -87,12 +97,8 @@ class GgufBackend:
 
         decision = decide(checkpoint, target)
         model = decision.model
-        if decision.options.imatrix and calibration is None:
-            raise TargetError(
-                "imatrix-without-data",
-                f"{target.name} wants an importance matrix, and there is no calibration text",
-                hint="add --data FILE.jsonl, or `imatrix: false` to the target's options",
-            )
+        if calibration is None:
+            _refuse_without_data(decision, target)
         importance = None
         types = tensor_types(decision, imatrix=wants_imatrix(decision) and calibration is not None)
         if calibration is not None and wants_imatrix(decision):
@@ -103,9 +109,18 @@ class GgufBackend:
         parity = _compare_tokenizers(checkpoint, decision, metadata, calibration, out)
         if model.tied_copy:
             _check_tied(checkpoint, model, *model.tied_copy)
-        write_model(out / MODEL_FILE, metadata, model.tensors, types, checkpoint, library, importance, progress)
+        rounded = None
+        if calibration is not None and wants_gptq(decision):
+            encoder = BlockEncoder(model.tensors, types, library)
+            rounded = round_layers(checkpoint, calibration, gptq_names(model.tensors, types), encoder, out, progress)
+        write_model(
+            out / MODEL_FILE, metadata, model.tensors, types, checkpoint, library, importance, rounded, progress
+        )
+        if rounded:
+            rounded.remove()
         versions = {library.facts["library"]: library.facts["version"], "llama.cpp": library.facts["llama_cpp"]}
-        return Lowered(versions, {**facts(decision, types, importance), "tokenizer": parity})
+        notes = facts(decision, types, importance, rounded.log if rounded else None)
+        return Lowered(versions, {**notes, "tokenizer": parity})
 
     def open(self, path: Path, target: Target, options: SessionOptions) -> Session:
         """A session on `path / model.gguf`."""
@@ -140,6 +155,21 @@ class GgufBackend:
             return BackendHealth(self.name, False, "gguf is not installed", "pip install 'lora2edge[gguf]'")
         detail = f"{facts['library']} {facts['version']}, llama.cpp {facts['llama_cpp']}, {facts['build']}; gguf {gguf}"
         return BackendHealth(self.name, True, detail)
+
+
+def _refuse_without_data(decision: Decision, target: Target) -> None:
+    """What a target asks for in so many words, and cannot have without calibration text."""
+    wanted = {
+        "imatrix-without-data": ("an importance matrix", "imatrix: false", bool(decision.options.imatrix)),
+        "gptq-without-data": ("GPTQ's rounding", "rounding: llama.cpp", decision.options.rounding == "gptq"),
+    }
+    for code, (what, option, asked) in wanted.items():
+        if asked:
+            raise TargetError(
+                code,
+                f"{target.name} wants {what}, and there is no calibration text",
+                hint=f"add --data FILE.jsonl, or `{option}` to the target's options",
+            )
 
 
 def _compare_tokenizers(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora2edge.backends.gguf.mix import TYPES
+from lora2edge.checkpoint import decode
 from lora2edge.quantize import Grid
 
 if TYPE_CHECKING:
@@ -98,6 +99,13 @@ def replace_codes(data: Bytes, type_name: str, codes: Bytes) -> Bytes:
         stored = np.bitwise_or.reduce(part << shifts, axis=2)
         blocks[:, field.start : field.stop] = stored.reshape(len(blocks), -1)
     return replaced
+
+
+def decode_rows(data: Bytes, type_name: str, columns: int) -> FloatArray:
+    """What llama.cpp reads from `data`: float32 `[rows, columns]`. Raises KeyError for a type with a codebook."""
+    if type_name in GRID_TYPES:
+        return header_grid(data, type_name, columns).values(read_codes(data, type_name, columns))
+    return decode(data.reshape(-1), type_name).reshape(-1, columns)
 
 
 def _blocks(data: Bytes, type_name: str) -> Bytes:

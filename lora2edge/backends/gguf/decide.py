@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora2edge.backends.gguf.blocks import GRID_TYPES
 from lora2edge.backends.gguf.container import Metadata, pack_arrays
 from lora2edge.backends.gguf.imatrix import Importance
 from lora2edge.backends.gguf.mix import FILE_TYPES, TYPES, FileType, choose_types
@@ -20,6 +21,7 @@ from lora2edge.backends.gguf.vocabulary import SPECIAL_IDS, TokenizerSection, re
 from lora2edge.checkpoint import embedding_name
 from lora2edge.contracts import Checkpoint, TokenizerFiles
 from lora2edge.errors import InputError, MissingExtraError, Refusals, TargetError, UnsupportedError, refuse
+from lora2edge.quantize import RoundingLog
 from lora2edge.target import Target
 
 IMATRIX_FILE = "imatrix.gguf"
@@ -27,10 +29,15 @@ _MANY_ROWS = 1 << 18
 """Where there is no embedding, so that the tokenizer's refusals are found with the others."""
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "rounding": ("gptq", "llama.cpp"),
     "imatrix": (True, False),
+    "output_tensor_type": tuple(name.lower() for name in TYPES),
+    "token_embedding_type": tuple(name.lower() for name in TYPES),
     "tokenizer": ("report", "strict"),
     "library": ("auto", "prebuilt", "native"),
 }
+_GPTQ = frozenset({"Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K"})
+"""File types that are rounded with GPTQ where a target says nothing and there is calibration text."""
 _QUANTIZATION_VERSION = 2
 
 
@@ -38,8 +45,14 @@ _QUANTIZATION_VERSION = 2
 class Options:
     """A target's `options` for this backend."""
 
+    rounding: str | None
+    """How codes are chosen; None: with GPTQ in files of 4 to 6 bits, where there is calibration text."""
     imatrix: bool | None
     """None: where the file type gains from it."""
+    output_tensor_type: str | None
+    """Of the output layer; None: as the file type has it."""
+    token_embedding_type: str | None
+    """Of an embedding that is not the output layer."""
     tokenizer: str
     """`report`: differences of llama.cpp's tokenizer on a Unicode torture set are stated; `strict`: refused."""
     library: Any
@@ -90,8 +103,15 @@ def read_options(target: Target) -> Options:
             )
         )
     refuse(errors)
+    types = {
+        key: str(value).upper() if (value := target.options.get(key)) else None
+        for key in ("output_tensor_type", "token_embedding_type")
+    }
     return Options(
+        rounding=target.options.get("rounding"),
         imatrix=target.options.get("imatrix"),
+        output_tensor_type=types["output_tensor_type"],
+        token_embedding_type=types["token_embedding_type"],
         tokenizer=target.options.get("tokenizer", "report"),
         library=target.options.get("library", "auto"),
         context_length=context,
@@ -127,9 +147,37 @@ def decide(checkpoint: Checkpoint, target: Target) -> Decision:
         tokenizer = _vocabulary(checkpoint, model.vocab_rows if model else _embedding_rows(checkpoint))
     except InputError as error:
         errors.append(error)
+    if file_type and options and model:
+        errors += _contradictions(target, file_type, options, model)
     refuse([single for error in errors for single in (error.errors if isinstance(error, Refusals) else (error,))])
     assert file_type and options and model and tokenizer
     return Decision(file_type, options, model, tokenizer)
+
+
+def _contradictions(target: Target, file_type: FileType, options: Options, model: ModelPlan) -> list[InputError]:
+    """Options that do not go with each other, the precision or the model."""
+    errors: list[InputError] = []
+
+    def refused(what: str, why: str, hint: str) -> None:
+        errors.append(TargetError("gguf-option", f"{what} in {target.name}", why=why, hint=hint))
+
+    if options.rounding == "gptq" and file_type.default not in GRID_TYPES:
+        why = f"the blocks of {file_type.default} are no grid of steps, on which GPTQ could choose codes"
+        grids = ", ".join(name.lower() for name, kind in FILE_TYPES.items() if kind.default in GRID_TYPES)
+        refused(f"rounding is gptq and the precision {file_type.name.lower()}", why, f"precision: one of {grids}")
+    if options.rounding == "gptq" and options.imatrix is False:
+        why = "the blocks' scales are fitted with the mean squares of the same inputs"
+        refused("rounding is gptq and imatrix is false", why, "remove imatrix, or set rounding: llama.cpp")
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
+    if options.token_embedding_type and "output.weight" not in shapes:
+        why = "the embedding is the output layer in this model"
+        refused("there is a token_embedding_type", why, "options: {output_tensor_type: …} sets the type of both")
+    for key, name in (("output_tensor_type", "output.weight"), ("token_embedding_type", "token_embd.weight")):
+        wanted, columns = getattr(options, key), shapes.get(name, shapes["token_embd.weight"])[-1]
+        if wanted and columns % TYPES[wanted].block:
+            why = f"rows of {columns} weights are no multiple of its blocks of {TYPES[wanted].block}"
+            refused(f"{key} is {wanted.lower()}", why, f"options: {{{key}: q8_0}}")
+    return errors
 
 
 def _embedding_rows(checkpoint: Checkpoint) -> int:
@@ -179,10 +227,23 @@ def wants_imatrix(decision: Decision) -> bool:
     return decision.file_type.imatrix if wanted is None else wanted and quantized
 
 
+def wants_gptq(decision: Decision) -> bool:
+    """Whether codes are chosen by GPTQ, where there is calibration text."""
+    if decision.options.rounding is None:
+        return decision.file_type.name in _GPTQ and wants_imatrix(decision)
+    return decision.options.rounding == "gptq"
+
+
 def tensor_types(decision: Decision, *, imatrix: bool) -> dict[str, str]:
     """GGUF tensor name → type name."""
-    shapes = {tensor.name: tensor.shape for tensor in decision.model.tensors}
-    return choose_types(shapes, decision.file_type, decision.model.shape, imatrix=imatrix)
+    return choose_types(
+        {tensor.name: tensor.shape for tensor in decision.model.tensors},
+        decision.file_type,
+        decision.model.shape,
+        imatrix=imatrix,
+        output=decision.options.output_tensor_type,
+        embedding=decision.options.token_embedding_type,
+    )
 
 
 def file_metadata(decision: Decision, importance: Importance | None) -> Metadata:
@@ -221,8 +282,10 @@ def fallback_note(decision: Decision, types: Mapping[str, str]) -> tuple[str, ..
     )
 
 
-def facts(decision: Decision, types: Mapping[str, str], importance: Importance | None) -> dict[str, Any]:
-    """For the manifest."""
+def facts(
+    decision: Decision, types: Mapping[str, str], importance: Importance | None, log: RoundingLog | None
+) -> dict[str, Any]:
+    """For the manifest. `log`: of what GPTQ did."""
     counts = Counter(types.values())
     if importance:
         imatrix: dict[str, Any] = {"covered": len(importance.sums), "without": list(importance.without)}
@@ -240,5 +303,12 @@ def facts(decision: Decision, types: Mapping[str, str], importance: Importance |
         "normalizer": decision.tokenizer.normalizer,
         "chat_template_sha256": decision.tokenizer.template_sha256,
         "imatrix": imatrix,
-        "notes": [*decision.notes, *fallback_note(decision, types)],
+        "rounding": _describe_rounding(decision, log),
+        "notes": [*decision.notes, *fallback_note(decision, types), *(log.notes() if log else ())],
     }
+
+
+def _describe_rounding(decision: Decision, log: RoundingLog | None) -> dict[str, Any]:
+    if log:
+        return {"method": "gptq", **log.to_json()}
+    return {"method": "llama.cpp", **({"why": "no calibration text"} if wants_gptq(decision) else {})}

@@ -123,10 +123,18 @@ def order_key(name: str) -> tuple[int, str]:
 
 
 def choose_types(
-    shapes: Mapping[str, tuple[int, ...]], file_type: FileType, model: Shape, *, imatrix: bool
+    shapes: Mapping[str, tuple[int, ...]],
+    file_type: FileType,
+    model: Shape,
+    *,
+    imatrix: bool,
+    output: str | None = None,
+    embedding: str | None = None,
 ) -> dict[str, str]:
     """GGUF tensor name → type name, for `shapes` (rows first, row length last) in llama.cpp's order.
 
+    `output` and `embedding` take the place of what the mixture has for the output layer (which may be the embedding)
+    and for an embedding that is not the output layer, as llama-quantize's options of these names do.
     Vectors and norms stay F32. A row that no block divides falls back to a type with smaller blocks, or to F16.
     """
     tied = "output.weight" not in shapes
@@ -141,7 +149,9 @@ def choose_types(
         chosen = file_type.default
         if TYPES[chosen].is_quantized:
             if name == "output.weight" or (tied and name == "token_embd.weight"):
-                chosen = _output(chosen, shape[-1])
+                chosen = output or _output(chosen, shape[-1])
+            elif name == "token_embd.weight" and embedding:
+                chosen = embedding
             elif _is_value(name):
                 chosen = _value(file_type.name, chosen, seen_values, values, model)
                 seen_values += 1

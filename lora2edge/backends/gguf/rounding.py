@@ -11,16 +11,53 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora2edge.backends.gguf.blocks import GRID_TYPES, header_grid, replace_codes
+from lora2edge.backends.gguf.blocks import GRID_TYPES, decode_rows, header_grid, replace_codes
 from lora2edge.backends.gguf.mix import row_bytes
 from lora2edge.backends.gguf.write import SLAB_ELEMENTS, Quantizer, encode
 from lora2edge.checkpoint import in_order
 from lora2edge.quantize import Factor, RoundingLog, gptq_codes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lora2edge.backends.gguf.blocks import Bytes
     from lora2edge.backends.gguf.model import Planned
     from lora2edge.contracts import FloatArray
+
+_EMBEDDING = "token_embd.weight"
+
+
+def gptq_names(tensors: Sequence[Planned], types: Mapping[str, str]) -> list[str]:
+    """Tensors of the checkpoint whose codes GPTQ chooses; the embedding only where it is the output layer."""
+    looked_up = _EMBEDDING if any(tensor.name == "output.weight" for tensor in tensors) else None
+    return [
+        tensor.source
+        for tensor in tensors
+        if tensor.source and types[tensor.name] in GRID_TYPES and tensor.name != looked_up
+    ]
+
+
+class BlockEncoder:
+    """Tensors of a checkpoint as GGUF blocks; implements `layerwise.Encoder`. Rows are in the checkpoint's order."""
+
+    def __init__(self, tensors: Sequence[Planned], types: Mapping[str, str], quantizer: Quantizer) -> None:
+        self._tensors = {tensor.source: tensor for tensor in tensors if tensor.source}
+        self._embedding = next(tensor for tensor in tensors if tensor.name == _EMBEDDING)
+        self._types, self._quantizer = types, quantizer
+
+    def encode(self, name: str, weights: FloatArray, factor: Factor, log: RoundingLog) -> Bytes:
+        tensor = self._tensors[name]
+        data = encode_gptq(tensor, weights, self._types[tensor.name], self._quantizer, factor, log)
+        return data.reshape(len(weights), -1)
+
+    def decode(self, name: str, data: Bytes) -> FloatArray:
+        tensor = self._tensors[name]
+        return decode_rows(data, self._types[tensor.name], tensor.shape[-1])
+
+    def embedding(self, rows: FloatArray) -> FloatArray:
+        type_name = self._types[_EMBEDDING]
+        data = encode(self._embedding, rows, type_name, self._quantizer, None)
+        return decode_rows(data, type_name, rows.shape[1])
 
 
 def encode_gptq(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -30,9 +30,12 @@ from lora2edge.journal import GrowingFile, Journal
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from lora2edge.backends.layerwise import RoundedTensors
     from lora2edge.contracts import FloatArray
 
     Bytes = NDArray[np.uint8]
+
+T = TypeVar("T", np.float32, np.uint8)
 
 SLAB_ELEMENTS = 1 << 20
 """Of one job: 4 MB in float32. Smaller ones cost more Python, larger ones more memory per core."""
@@ -79,8 +82,8 @@ def slabs(tensor: Planned) -> Iterator[Slab]:
         yield Slab(tensor, start, min(start + step, rows))
 
 
-def transformed(slab: Slab, rows: FloatArray) -> FloatArray:
-    """Rows of the checkpoint (or of a change to it) as llama.cpp orders them. An offset is not added."""
+def transformed(slab: Slab, rows: NDArray[T]) -> NDArray[T]:
+    """Rows of the checkpoint (or of a change to it, or their bytes) as llama.cpp orders them; without the offset."""
     tensor = slab.tensor
     if not tensor.heads:
         return rows
@@ -106,11 +109,13 @@ def write_model(
     checkpoint: Checkpoint,
     quantizer: Quantizer | None,
     importance: Importance | None,
+    rounded: RoundedTensors | None,
     progress: Progress,
 ) -> None:
     """Writes the file; where its folder has a journal, goes on with what an earlier call left.
 
-    `quantizer` may be None where every type is F32. Raises CheckpointError for a bad weight.
+    `quantizer` may be None where every type is F32. `rounded`: tensors whose bytes are there already. Raises
+    CheckpointError for a bad weight.
     """
     work = [slab for tensor in tensors for slab in slabs(tensor)]
     progress.start("quantize", sum(slab.size for slab in work), "weights")
@@ -120,6 +125,9 @@ def write_model(
     ends = list(accumulate((_length(slab, types) for slab in work), initial=header.tell()))
 
     def job(slab: Slab) -> Bytes:
+        source = slab.tensor.source
+        if rounded and source and source in rounded:
+            return transformed(slab, rounded.rows(source, slab.start, slab.stop)).reshape(-1)
         rows = read_slab(checkpoint, slab)
         return encode(slab.tensor, rows, types[slab.tensor.name], quantizer, weights.get(slab.tensor.name))
 
