@@ -103,7 +103,68 @@ def llm_compressor_check(out: Path) -> dict[str, Any]:
     return {f"{name}.weight": module.weight.data.float() for name, module in linears.items() if "lm_head" not in name}
 
 
-METHODS = {"gptqmodel": gptqmodel, "llm-compressor": llm_compressor}
+def lora2edge(checkpoint: str, samples: list[list[int]], out: Path, settings: dict[str, Any]) -> None:
+    with timed("import"):
+        import numpy as np
+        import torch  # noqa: F401
+        from safetensors.numpy import save_file
+
+        from lora2edge.backends.layerwise import round_layers
+        from lora2edge.calibration import calibrate
+        from lora2edge.checkpoint import open_checkpoint
+        from lora2edge.contracts import Item, Sample
+        from lora2edge.progress import SILENT
+        from lora2edge.quantize import Factor, GptqOptions, IntGrid, RoundingLog, fit_mse, fit_range, gptq_codes
+
+    group, grid = settings["group"], settings.get("grid", "importance")
+    for folder in ("calibration", "rounding"):
+        (out / folder).mkdir()
+    empty = Item(({"role": "user", "content": ""}, {"role": "assistant", "content": ""}))
+
+    class Int4:
+        """Implements layerwise.Encoder: of each row the scales in float16, then a byte a code."""
+
+        def encode(self, name: str, weights: Any, factor: Factor, log: RoundingLog) -> Any:
+            if grid == "range":
+                steps = fit_range(weights, 4, group, scale_dtype="float16")
+            else:
+                importance = factor.importance if grid == "importance" else None
+                steps = fit_mse(weights, 4, group, scale_dtype="float16", importance=importance)
+            log.add(name, steps.affine, factor)
+            scales = steps.scales.astype(np.float16).view(np.uint8)
+            return np.concatenate([scales, gptq_codes(weights, steps.affine, factor)], axis=1)
+
+        def decode(self, name: str, data: Any) -> Any:
+            groups = -(-view.tensors[name].shape[1] // group)
+            scales = np.ascontiguousarray(data[:, : 2 * groups]).view(np.float16).astype(np.float32)
+            zeros = np.full(scales.shape, 8, np.uint8)
+            return IntGrid(4, scales, zeros, group).values(data[:, 2 * groups :])
+
+        def embedding(self, rows: Any) -> Any:
+            return rows
+
+    with timed("load"):
+        view = open_checkpoint(Path(checkpoint))
+    with timed("calibrate"):
+        calibration = calibrate(
+            view, [Sample(tuple(ids), 0, empty) for ids in samples], out / "calibration", SILENT,
+            device="cpu", threads=settings["threads"], dtype=settings["dtype"], layer_inputs=True,
+        )  # fmt: skip
+    names = [name for name in calibration.names if "lm_head" not in name and "embed" not in name]
+    options = GptqOptions(damping=settings["damping"], activation_order=settings.get("activation_order", True))
+    with timed("quantize"):
+        rounded = round_layers(
+            view, calibration, names, Int4(), out / "rounding", SILENT,
+            feedback=settings.get("feedback", True), options=options,
+        )  # fmt: skip
+    with timed("save"):
+        int4 = Int4()
+        found = {name: int4.decode(name, rounded.rows(name, 0, view.tensors[name].shape[0])) for name in names}
+        save_file(found, out / "dequantized.safetensors")
+    (out / "log.json").write_text(json.dumps(rounded.log.to_json()), encoding="utf-8")
+
+
+METHODS = {"lora2edge": lora2edge, "gptqmodel": gptqmodel, "llm-compressor": llm_compressor}
 CHECKS = {"gptqmodel": gptqmodel_check, "llm-compressor": llm_compressor_check}
 
 

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 OURS, GPTQMODEL, LLM_COMPRESSOR = "lora2edge", "gptqmodel", "llm-compressor"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora2edge": (OURS, {}),
+    "lora2edge, mse": (OURS, {"grid": "mse"}),
+    "lora2edge, range": (OURS, {"grid": "range"}),
+    "lora2edge, no activation order": (OURS, {"activation_order": False}),
+    "lora2edge, 16-bit inputs": (OURS, {"feedback": False}),
     "gptqmodel": (GPTQMODEL, {}),
     "gptqmodel, desc_act + static_groups": (GPTQMODEL, {"desc_act": True, "static_groups": True}),
     "gptqmodel, mse": (GPTQMODEL, {"desc_act": True, "static_groups": True, "mse": 2.4}),
@@ -44,11 +48,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm-compressor": (LLM_COMPRESSOR, {}),
     "llm-compressor, no actorder": (LLM_COMPRESSOR, {"actorder": None}),
     "llm-compressor, mse": (LLM_COMPRESSOR, {"observer": "memoryless_mse"}),
-    "llm-compressor, imatrix_mse": (LLM_COMPRESSOR, {"observer": "imatrix_mse"}),
 }
-"""llm-compressor's default order of columns is `actorder=static`."""
+"""llm-compressor's default order of columns is `actorder=static`. Ours fits steps with the inputs' mean squares."""
 PLAIN = ("gptqmodel", "gptqmodel, desc_act + static_groups", "llm-compressor", "llm-compressor, no actorder")
-"""The peers' methods that the ratio is taken against; the others choose their steps by a search, or aim as ours does."""
+"""What the ratio is taken against; the other peers choose their steps by a search, or aim as ours does."""
 _NIBBLES = np.arange(0, 32, 4, dtype=np.uint32)
 _HALF = 2.0**-11
 """Relative step of float16, in which gptqmodel's own kernel unpacks."""
@@ -59,7 +62,7 @@ def unpacked(folder: Path) -> dict[str, NDArray[np.float32]]:
     from safetensors.numpy import load_file
 
     if (folder / "dequantized.safetensors").is_file():
-        return load_file(folder / "dequantized.safetensors")
+        return dict(load_file(folder / "dequantized.safetensors"))
     stored = load_file(folder / "model.safetensors")
     paths = [name.rpartition(".") for name in stored]
     found = {path: _gptq(stored, path) for path, _, key in paths if key == "qweight"}
@@ -196,14 +199,22 @@ def main() -> None:
                     run |= evaluator.compare(unpacked(out))
                 runs[name].append(run)
                 report(name, run, cost)
+            if options.results:  # after every seed: a run takes hours on a larger model
+                settings = {**common, "samples": options.samples, "calibration_tokens": tokens}
+                found: dict[str, Any] = {
+                    "command": "benchmarks/gptq_vs_peers.py",
+                    "settings": settings,
+                    "methods": summarize(runs),
+                }
+                if evaluator:
+                    found |= {
+                        "test_tokens": evaluator.tokens,
+                        "unpacking_differs_by": checked,
+                        **ratio(found["methods"]),
+                    }
+                write_results(options.results, {**found, "runs": runs})
     summary = summarize(runs)
-    print(json.dumps(summary, indent=2))
-    if options.results:
-        settings = {**common, "samples": options.samples, "calibration_tokens": tokens, "seeds": options.seeds}
-        found = {"command": "benchmarks/gptq_vs_peers.py", "settings": settings, "methods": summary}
-        if evaluator:
-            found |= {"test_tokens": evaluator.tokens, "unpacking_differs_by": checked, **ratio(summary)}
-        write_results(options.results, {**found, "runs": runs})
+    print(json.dumps({**summary, **({} if options.costs_only else ratio(summary))}, indent=2))
 
 
 def read_texts(checkpoint: Path, files: list[Path], test_tokens: int) -> Texts:
@@ -234,7 +245,7 @@ def report(name: str, run: Mapping[str, Any], cost: Cost) -> None:
 
 def summarize(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """Means over the seeds; of memory the most."""
-    summary = {}
+    summary: dict[str, dict[str, float]] = {}
     for name, found in runs.items():
         means = {key: float(np.mean([run[key] for run in found])) for key in found[0] if key != "seed"}
         summary[name] = {**means, "peak_rss_bytes": max(run["peak_rss_bytes"] for run in found)}
@@ -243,8 +254,8 @@ def summarize(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, f
 
 def ratio(summary: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """Our mean KL over that of the best of the peers' plain methods, and of all of theirs."""
-    found = {}
-    for key, names in (("plain", PLAIN), ("any", [name for name in METHODS if name != OURS])):
+    found: dict[str, Any] = {}
+    for key, names in (("plain", PLAIN), ("any", [name for name, (method, _) in METHODS.items() if method != OURS])):
         present = {name: summary[name]["kl_mean"] for name in names if name in summary}
         if OURS in summary and present:
             best = min(present, key=lambda name: present[name])
