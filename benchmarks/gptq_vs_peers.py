@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +174,10 @@ def main() -> None:
     environment = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     os.environ.update(environment)
     common = {name: getattr(options, name) for name in ("threads", "dtype", "batch", "damping", "group")}
-    with tempfile.TemporaryDirectory() as folder:
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, spawn) as small:
+        # Linux counts what a process' parent held into its peak, and this one holds a model.
+        small.submit(os.getpid).result()
         scratch = Path(folder)
         checkpoint = scratch / "merged"
         run_chain([[sys.executable, "-m", "lora2edge", "merge", "--base", str(options.base), "--adapter",
@@ -191,7 +196,8 @@ def main() -> None:
                 out = scratch / f"{seed}-{place}"
                 command = [str(Path(__file__).with_name("gptq_methods.py")), method, str(checkpoint), str(samples),
                            str(out)]  # fmt: skip
-                cost = run_chain([[pythons[method], *command, "--settings", json.dumps({**common, **settings})]])
+                chain = [[pythons[method], *command, "--settings", json.dumps({**common, **settings})]]
+                cost = small.submit(run_chain, chain).result()
                 run: dict[str, Any] = {"seed": seed, **asdict(cost), **json.loads((out / "steps.json").read_bytes())}
                 if method != OURS and seed == options.seeds[0]:
                     checked[name] = check_unpacking(pythons[method], command, out)
