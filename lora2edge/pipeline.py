@@ -71,7 +71,7 @@ class Pipeline:
     cache: Cache
     progress: Progress
     record: list[dict[str, Any]] = field(default_factory=list)
-    """For the report: name, seconds, reused, measured_at of each stage, in order."""
+    """For the report: name, seconds, reused, measured_at and phases of each stage, in order."""
 
     def choose_merge_base(self, texts: Texts) -> dict[str, Any] | None:
         """Settles which base the adapters are merged into, by measuring where that was asked for.
@@ -316,6 +316,7 @@ class Pipeline:
                 "seconds": round(finished.seconds, 3),
                 "reused": finished.reused,
                 "measured_at": finished.measured_at,
+                "phases": finished.result.get("phases", []),
             }
         )
         return finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -58,15 +59,20 @@ class JsonLines:
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._what = ""
+        self._started = self._cpu = 0.0
+        self.phases: list[dict[str, Any]] = []
+        """What was begun and finished so far: `what`, `seconds` and `cpu_seconds`."""
 
     def start(self, what: str, total: int, unit: str = "") -> None:
-        self._what = what
+        self._what, self._started, self._cpu = what, time.monotonic(), time.process_time()
         self._print({"event": "start", "what": what, "total": total, "unit": unit})
 
     def advance(self, amount: int = 1) -> None:
         self._print({"event": "advance", "amount": amount})
 
     def finish(self) -> None:
+        took = {"seconds": time.monotonic() - self._started, "cpu_seconds": time.process_time() - self._cpu}
+        self.phases.append({"what": self._what, **{key: round(value, 3) for key, value in took.items()}})
         self._print({"event": "finish", "what": self._what})
 
     def _print(self, event: dict[str, Any]) -> None:

@@ -153,8 +153,9 @@ def main(argv: list[str]) -> int:
     os.dup2(2, 1)
     try:
         stages = {"lower": _lower, "measure": _measure}
-        started = time.monotonic()
-        result = stages[request["stage"]](request, JsonLines(reply))
+        started, progress = time.monotonic(), JsonLines(reply)
+        result = stages[request["stage"]](request, progress)
+        result["phases"] = progress.phases
         result["seconds"] = time.monotonic() - started
         result["cpu_seconds"] = time.process_time()
         result["peak_rss_bytes"] = read_memory()["peak_rss_bytes"]

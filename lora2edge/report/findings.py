@@ -108,6 +108,8 @@ def _of_a_target(name: str, target: Mapping[str, Any], report: Mapping[str, Any]
         if quality.get("gain_kept") is None and not told:
             yield Finding("warn", name, _sentences("No gain kept", quality.get("gain_kept_reason", "")))
         yield from _of_accuracy(name, quality, report.get("baseline") or {})
+    for note in ((target.get("lowering") or {}).get("notes") or {}).get("notes") or ():
+        yield Finding("note", name, f"{note[:1].upper()}{note[1:]}.")
     yield from _of_tokenizer(name, target.get("tokenizer"))
     yield from _of_damage(name, target.get("damage") or [])
     yield from _of_speed(name, target)

@@ -320,11 +320,20 @@ class TargetResult(_Strict):
     measured_at: dict[str, str | None] = Field(default_factory=dict)
 
 
+class Phase(_Strict):
+    """A part of a stage that ran in a process of its own."""
+
+    what: str
+    seconds: float
+    cpu_seconds: float
+
+
 class Stage(_Strict):
     name: str
     seconds: float
     reused: bool = False
     measured_at: str = ""
+    phases: list[Phase] = Field(default_factory=list)
 
 
 class Report(_Strict):

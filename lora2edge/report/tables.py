@@ -319,13 +319,20 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     rows = tuple(
         _cells(
             stage["name"],
-            words.duration(stage["seconds"]),
+            _with_phases(stage),
             "used again" if stage.get("reused") else "",
             stage.get("measured_at", ""),
         )
         for stage in stages
     )
     return Table("Stages", ("Stage", "Time", "From the cache", "Measured at"), rows)
+
+
+def _with_phases(stage: Mapping[str, Any]) -> str:
+    """How long a stage took, and what of it its parts: of a lowering, rounding with its feedback stream and packing."""
+    whole = words.duration(stage["seconds"])
+    phases = [f"{phase['what']} {words.duration(phase['seconds'])}" for phase in stage.get("phases") or ()]
+    return f"{whole} ({', '.join(phases)})" if phases else whole
 
 
 def _scale_rows(report: Mapping[str, Any]) -> list[tuple[Cell, ...]]:

@@ -18,6 +18,8 @@ def target(precision: str, **options: Any) -> Target:
 
 
 def lower(checkpoint: Checkpoint, out: Path, precision: str, calibration: Any = None, **options: Any) -> Lowered:
+    if isinstance(calibration, RandomStatistics):  # GPTQ needs what layers are given as well
+        options = {"rounding": "llama.cpp", **options}
     out.mkdir(parents=True)
     return GgufBackend().lower(checkpoint, target(precision, **options), calibration, out, SILENT)
 

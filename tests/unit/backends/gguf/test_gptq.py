@@ -1,0 +1,256 @@
+"""Files with GPTQ's codes: what llama.cpp makes of them, what they gain, and what becomes of unsound inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lora2edge.backends.gguf import GgufBackend
+from lora2edge.calibration import StoredCalibration, calibrate
+from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
+from lora2edge.contracts import Item, Machine, Sample
+from lora2edge.errors import InputError, TargetError
+from lora2edge.progress import SILENT
+from tests.tiny import make_checkpoint
+from tests.unit.backends.gguf.lowering import divergence, lower, target
+
+VOCAB = 700
+
+
+def texts(count: int = 24, *, length: int = 40, seed: int = 0) -> list[Sample]:
+    """Samples with a common beginning, of uneven lengths."""
+    generator = np.random.default_rng(seed)
+    start = tuple(generator.integers(0, VOCAB, min(6, length)).tolist())
+    item = Item(({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}))
+    rests = (generator.integers(0, VOCAB, max(length - 6 - index % 7, 0)).tolist() for index in range(count))
+    return [Sample((*start, *rest), 1, item) for rest in rests]
+
+
+def calibrated(view: StoredCheckpoint, folder: Path, samples: list[Sample] | None = None) -> StoredCalibration:
+    folder.mkdir()
+    return calibrate(view, samples or texts(), folder, SILENT, device="cpu", threads=1, layer_inputs=True)
+
+
+def dequantized(file: Path) -> dict[str, Any]:
+    """GGUF name → type and values, by gguf-py."""
+    reader = gguf.GGUFReader(file)
+    return {
+        tensor.name: (
+            tensor.tensor_type.name,
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1]),
+        )
+        for tensor in reader.tensors
+    }
+
+
+def make_even(folder: Path, arch: str, **shape: Any) -> Path:
+    """A checkpoint whose activations lie in few directions, as those of trained models do; random ones give GPTQ
+    nothing to spread errors over."""
+    make_checkpoint(folder, arch, hidden=256, heads=4, kv_heads=2, intermediate=512, **shape)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(1)
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        directions = torch.randn(24, embedding.shape[1])
+        embedding.copy_(
+            0.3 * torch.randn(len(embedding), 24) @ directions / 24**0.5 + 0.02 * torch.randn(embedding.shape)
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_same_types_and_size_and_less_divergence(arch: str, tmp_path: Path) -> None:
+    """llama.cpp's logits against transformers', of the file that llama.cpp rounded and of ours."""
+    folder = make_even(tmp_path / "base", arch)
+    view = open_checkpoint(folder)
+    calibration = calibrated(view, tmp_path / "calibration")
+    found = lower(view, tmp_path / "ours", "q4_k_m", calibration)
+    lower(view, tmp_path / "theirs", "q4_k_m", calibration, rounding="llama.cpp")
+    ours, theirs = (tmp_path / side / "model.gguf" for side in ("ours", "theirs"))
+    assert ours.stat().st_size == theirs.stat().st_size
+    types = [{name: kind for name, (kind, _) in dequantized(file).items()} for file in (ours, theirs)]
+    assert types[0] == types[1]
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"model.gguf", "imatrix.gguf"}
+    rounding = found.notes["rounding"]
+    assert rounding["method"] == "gptq"
+    assert rounding["by_method"] == {"gptq": rounding["tensors"]}
+    assert divergence(folder, tmp_path / "ours") < 0.8 * divergence(folder, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("precision", ["q4_0", "q8_0", "q3_k_m", "q5_k_m", "q6_k"])
+def test_every_file_type(precision: str, tmp_path: Path) -> None:
+    folder = make_even(tmp_path / "base", "llama", tied=False)
+    view = open_checkpoint(folder)
+    calibration = calibrated(view, tmp_path / "calibration")
+    lower(view, tmp_path / "ours", precision, calibration, rounding="gptq")
+    lower(view, tmp_path / "theirs", precision, calibration, rounding="llama.cpp", imatrix=True)
+    ours, theirs = (dequantized(tmp_path / side / "model.gguf") for side in ("ours", "theirs"))
+    assert [kind for kind, _ in ours.values()] == [kind for kind, _ in theirs.values()]
+    for name, (kind, values) in ours.items():
+        rounded = name != "token_embd.weight" and "norm" not in name and kind != "F32"
+        assert np.array_equal(values, theirs[name][1]) is not rounded, name
+    assert divergence(folder, tmp_path / "ours") < 0.85 * divergence(folder, tmp_path / "theirs")
+
+
+def test_rows_are_where_llama_cpp_looks_for_them(tmp_path: Path) -> None:
+    """8-bit codes are near the weights whatever chose them: the interleaved heads, too."""
+    view = open_checkpoint(make_even(tmp_path / "base", "llama", tied=False))
+    lower(view, tmp_path / "ours", "q8_0", calibrated(view, tmp_path / "calibration"), rounding="gptq")
+    lower(view, tmp_path / "exact", "f32")
+    exact = dequantized(tmp_path / "exact" / "model.gguf")
+    for name, (_, values) in dequantized(tmp_path / "ours" / "model.gguf").items():
+        assert np.linalg.norm(values - exact[name][1]) < 0.02 * np.linalg.norm(exact[name][1]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ends_in_16_bits(tied: bool, tmp_path: Path) -> None:
+    view = open_checkpoint(make_even(tmp_path / "base", "llama", tied=tied))
+    ends = {"output_tensor_type": "f16"} if tied else {"output_tensor_type": "f16", "token_embedding_type": "bf16"}
+    lower(view, tmp_path / "ours", "q4_0", calibrated(view, tmp_path / "calibration"), **ends)
+    types = {name: kind for name, (kind, _) in dequantized(tmp_path / "ours" / "model.gguf").items()}
+    assert types["token_embd.weight"] == ("F16" if tied else "BF16")
+    assert types.get("output.weight") == (None if tied else "F16")
+    assert types["blk.0.attn_q.weight"] == "Q4_0"
+
+
+def refused(view: StoredCheckpoint, precision: str, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        GgufBackend().check(view, target(precision, **options), Machine(2, 8 << 30, 8 << 30, None))
+    assert caught.value.code == "gguf-option"
+    return f"{caught.value.what}; {caught.value.why}; {caught.value.hint}"
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", tied=True))
+    assert "IQ4_XS" in refused(view, "iq4_xs", rounding="gptq")
+    assert "f16" in refused(view, "f16", rounding="gptq")
+    assert "imatrix" in refused(view, "q4_0", rounding="gptq", imatrix=False)
+    assert "gptq, llama.cpp" in refused(view, "q4_0", rounding="nearest")
+    assert "output layer" in refused(view, "q4_0", token_embedding_type="f16")
+    assert "multiple" in refused(view, "q4_0", output_tensor_type="q6_k")
+    with pytest.raises(TargetError) as caught:
+        lower(view, tmp_path / "out", "q4_0", rounding="gptq")
+    assert caught.value.code == "gptq-without-data"
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "wanted"),
+    [
+        ("q4_k_m", {}, True),
+        ("q6_k", {}, True),
+        ("q3_k_m", {}, False),
+        ("q8_0", {}, False),
+        ("iq4_xs", {}, False),
+        ("q4_0", {"imatrix": False}, False),
+        ("q4_0", {"rounding": "llama.cpp"}, False),
+        ("q3_k_m", {"rounding": "gptq"}, True),
+    ],
+)
+def test_the_plan_says_whether_layer_inputs_are_kept(
+    precision: str, options: dict[str, Any], wanted: bool, tmp_path: Path
+) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "llama"))
+    machine = Machine(2, 8 << 30, 8 << 30, None)
+    found = GgufBackend().check(view, target(precision, **options), machine)
+    plain = GgufBackend().check(view, target(precision, **{**options, "rounding": "llama.cpp"}), machine)
+    assert found.layer_inputs is wanted
+    assert (found.ram_bytes > plain.ram_bytes) is (found.disk_bytes > plain.disk_bytes) is wanted
+
+
+def test_without_calibration_text_llama_cpp_rounds(tmp_path: Path) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "llama"))
+    found = lower(view, tmp_path / "default", "q4_0")
+    lower(view, tmp_path / "named", "q4_0", rounding="llama.cpp")
+    files = [(tmp_path / side / "model.gguf").read_bytes() for side in ("default", "named")]
+    assert files[0] == files[1]
+    assert found.notes["rounding"] == {"method": "llama.cpp", "why": "no calibration text"}
+
+
+# ---------------------------------------------------------------- planted faults
+
+
+def planted(tmp_path: Path, change: Any = None, **shape: Any) -> StoredCheckpoint:
+    """A checkpoint in which `change(model)` broke something."""
+    folder = make_even(tmp_path / "base", "llama", **shape)
+    if change:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            change(model)
+        model.save_pretrained(folder)
+    return open_checkpoint(folder)
+
+
+def finite_file(view: StoredCheckpoint, tmp_path: Path, samples: list[Sample] | None = None) -> dict[str, Any]:
+    """Lowers; all values and llama.cpp's logits are finite. Returns what the manifest says of the rounding."""
+    found = lower(view, tmp_path / "out", "q4_k_m", calibrated(view, tmp_path / "calibration", samples))
+    for name, (_, values) in dequantized(tmp_path / "out" / "model.gguf").items():
+        assert np.isfinite(values).all(), name
+    assert np.isfinite(divergence(view.path, tmp_path / "out", length=40))
+    json.dumps(found.notes, allow_nan=False)
+    return {**found.notes["rounding"], "notes": found.notes["notes"]}
+
+
+def test_an_input_channel_that_is_always_zero(tmp_path: Path) -> None:
+    def change(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[7] = 0
+
+    told = finite_file(planted(tmp_path, change), tmp_path)
+    dead = {entry["tensor"]: entry["dead_channels"] for entry in told["unusual"] if entry["dead_channels"]}
+    assert dead == {f"blk.{i}.ffn_down.weight": 1 for i in range(2)}
+    assert any("always zero" in note for note in told["notes"])
+
+
+def test_blocks_and_rows_of_zeros(tmp_path: Path) -> None:
+    def change(model: Any) -> None:
+        model.model.layers[1].mlp.down_proj.weight[:, :256] = 0
+        model.model.layers[0].self_attn.o_proj.weight[3] = 0
+
+    told = finite_file(planted(tmp_path, change), tmp_path)
+    zero = {entry["tensor"]: entry["zero_groups"] for entry in told["unusual"]}
+    assert zero == {"blk.0.attn_output.weight": 8}  # beside weights, a block of zeros takes part in the correction
+    assert not dequantized(tmp_path / "out" / "model.gguf")["blk.0.attn_output.weight"][1][3].any()
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [texts(1, length=1), texts(1, length=2), texts(3, length=4), [texts(1, length=20)[0]] * 5],
+    ids=["one token", "two tokens", "shorter than a block", "one text, five times"],
+)
+def test_little_text(samples: list[Sample], tmp_path: Path) -> None:
+    """XᵀX of rank one, or of few: damping makes it positive definite."""
+    told = finite_file(planted(tmp_path), tmp_path, samples)
+    assert told["by_method"] == {"gptq": told["tensors"]}
+
+
+def test_one_token_for_all_text(tmp_path: Path) -> None:
+    """XᵀX of rank one but for positions."""
+    item = texts(1)[0].item
+    told = finite_file(planted(tmp_path), tmp_path, [Sample((5,) * 30, 1, item)] * 4)
+    assert told["by_method"] == {"gptq": told["tensors"]}
+
+
+def test_no_text(tmp_path: Path) -> None:
+    item = texts(1)[0].item
+    with pytest.raises(InputError) as caught:
+        calibrated(planted(tmp_path), tmp_path / "calibration", [Sample((), 0, item)])
+    assert caught.value.code == "calibration-gap"
+
+
+def test_activations_that_are_not_finite(tmp_path: Path) -> None:
+    def change(model: Any) -> None:
+        model.model.layers[0].mlp.up_proj.weight.fill_(1e30)
+        model.model.layers[0].mlp.gate_proj.weight.fill_(1e30)
+
+    with pytest.raises(InputError) as caught:
+        calibrated(planted(tmp_path, change), tmp_path / "calibration")
+    assert caught.value.code == "calibration-not-finite"
+    assert "model.layers.0.mlp.down_proj.weight" in caught.value.what
