@@ -19,7 +19,7 @@ from pathlib import Path
 from measure import interleave, summarize, write_results
 from merge_vs_peft import PEFT
 
-WITHOUT_IMATRIX = "name: bench/q4_k_m\nbackend: gguf\nprecision: q4_k_m\noptions: {imatrix: false}\n"
+TARGET = "name: bench/q4_k_m\nbackend: gguf\nprecision: q4_k_m\noptions: {{rounding: llama.cpp, imatrix: {imatrix}}}\n"
 
 
 def rendered_text(base: Path, data: Path) -> str:
@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         target = scratch / "target.yaml"
-        target.write_text(WITHOUT_IMATRIX, encoding="utf-8")
+        target.write_text(TARGET.format(imatrix=str(bool(arguments.imatrix)).lower()), encoding="utf-8")
 
         def clean() -> None:
             for name in ("ours", "peer", "cache"):
@@ -64,7 +64,7 @@ def main() -> None:
         if arguments.imatrix:
             text = scratch / "text.txt"
             text.write_text(rendered_text(arguments.model / "base", arguments.imatrix), encoding="utf-8")
-            ours = [["env", f"LORA2EDGE_CACHE={scratch / 'cache'}", *lower, "--target", "gguf/q4_k_m",
+            ours = [["env", f"LORA2EDGE_CACHE={scratch / 'cache'}", *lower, "--target", str(target),
                      "--data", str(arguments.imatrix)]]  # fmt: skip
             peer = [
                 *convert,

@@ -43,7 +43,8 @@ def lower(model: Path, precision: str, calibration: Calibration | None) -> dict[
             seconds[0] += time.thread_time() - started
         return written
 
-    target = Target(name="bench", backend="gguf", precision=precision, options={"imatrix": calibration is not None})
+    chosen = {"imatrix": calibration is not None, "rounding": "llama.cpp"}
+    target = Target(name="bench", backend="gguf", precision=precision, options=chosen)
     Library.quantize_chunk = timed  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as out:

@@ -1,11 +1,12 @@
 """Kills merges and lowerings with SIGKILL at random moments, runs them again, and compares with undisturbed runs.
 
-Usage: python benchmarks/kill_test.py MODEL [--kills 20] [--target q4_k_m] [--seed 0] [--results FILE]
+Usage: python benchmarks/kill_test.py MODEL [--kills 20] [--target q4_k_m] [--data FILE] [--seed 0] [--results FILE]
 
 MODEL is a folder of make_checkpoint.py. A kill hits the command and every process that it started, or by chance the
 command alone, at a moment drawn from the undisturbed run's duration. After it, nothing but a whole folder may stand
 under the final name; after the next run, every file but lowering.json (which tells how long it took) must have the
-undisturbed run's sha256.
+undisturbed run's sha256. With --data (JSONL) only the lowering is
+killed, with its calibration pass and GPTQ's rounding.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def kill_and_repeat(command: list[str], scratch: Path, final: Path, kills: int) 
         if not status:  # faster than the undisturbed run: it was over
             continue
         found = hashes(final)
-        work = list(final.parent.glob(".*.resume"))
+        work = [*final.parent.glob(".*.resume"), *scratch.glob("cache/*/*.resume")]
         kept = sum(mark.size for path in work for mark in read_marks(path / FILES).values())
         there = sum(file.stat().st_size for path in work for file in path.glob(f"{FILES}/*"))
         _, again_s = run(command)
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--target", default="gguf/q4_k_m")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
@@ -135,10 +137,11 @@ def main() -> None:
         final = scratch / "artifacts" / arguments.target.replace("/", "-")
         merge = [*lora2edge, "merge", *model, "--out", str(scratch / "merged")]
         lower = [*lora2edge, "lower", *model, "--target", arguments.target, "--out", str(scratch)]
-        summary = {
-            "merge": kill_and_repeat(merge, scratch, scratch / "merged", arguments.kills),
-            arguments.target: kill_and_repeat(lower, scratch, final, arguments.kills),
-        }
+        if arguments.data:
+            lower = ["env", f"LORA2EDGE_CACHE={scratch / 'cache'}", *lower, "--data", str(arguments.data)]
+        summary = {arguments.target: kill_and_repeat(lower, scratch, final, arguments.kills)}
+        if not arguments.data:
+            summary["merge"] = kill_and_repeat(merge, scratch, scratch / "merged", arguments.kills)
     print(json.dumps({name: {**one, "runs": None} for name, one in summary.items()}, indent=2))
     if arguments.results:
         write_results(arguments.results, {"command": "benchmarks/kill_test.py", **summary})

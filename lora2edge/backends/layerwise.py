@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
 
     Bytes = NDArray[np.uint8]
+    Shift = Callable[[int, FloatArray], NDArray[Any]]
 
 OPTIONS = GptqOptions(sampling=1.0)
 """Measured on the medical example, from 125 calibration tokens to 12 thousand: docs/method.md."""
@@ -255,15 +256,15 @@ class _Work:
         log: RoundingLog,
     ) -> None:
         """Tensors that are given the same, one after another."""
-        factor, difference = self._factor(names[0], batches)
+        factor, shift = self._factor(names, batches)
         for name in names:
             rows, columns = self._view.tensors[name].shape
             step = max(_CHUNK_WEIGHTS // columns // _CHUNK_ROWS, 1) * _CHUNK_ROWS
             offset = file.size
             for start in range(0, rows, step):
                 weights = self._read(name, start, min(start + step, rows))
-                if difference is not None:
-                    weights = corrected(weights, difference, factor)
+                if shift:
+                    weights = corrected(weights, shift(start, weights), factor)
                 data = self._encoder.encode(name, weights, factor, log)
                 file.append(data.reshape(-1).data)
                 places[name] = _Place(file.name, offset, data.shape[1])
@@ -271,15 +272,25 @@ class _Work:
                     self._replay.put(name, start, self._encoder.decode(name, data))
                 self._progress.advance(weights.size)
 
-    def _factor(self, name: str, batches: Iterable[Inputs]) -> tuple[Factor, NDArray[Any] | None]:
-        """XᵀX of the inputs, factored, and (R − X)ᵀX where there is a reference R."""
+    def _factor(self, names: list[str], batches: Iterable[Inputs]) -> tuple[Factor, Shift | None]:
+        """XᵀX of the inputs, factored; and, where there is a reference R, what makes W (R − X)ᵀX of rows of W."""
+        rows, columns = self._view.tensors[names[0]].shape
+        # The product with a matrix of few rows is less work to add up than what it is a product with.
+        weights = self._read(names[0], 0, rows) if len(names) == 1 and 2 * rows < columns else None
         gram: Gram | None = None
         for batch in batches:
-            gram = gram or Gram(batch.values.shape[1], paired=batch.reference is not None)
+            if gram is None and batch.reference is None:
+                gram = Gram(columns)
+            gram = gram or Gram(columns, paired=True, weights=weights)
             gram.add(batch.values, batch.reference, batch.times)
-        gram = gram or Gram(self._view.tensors[name].shape[1])  # an expert that no token was sent to
+        gram = gram or Gram(columns)  # an expert that no token was sent to
         factor = factorize(gram.mean(), gram.tokens, self._options, rows=gram.rows, dropped_tokens=gram.dropped_tokens)
-        return factor, gram.mean_difference()
+        difference = gram.mean_difference()
+        if difference is None:
+            return factor, None
+        if weights is not None:
+            return factor, lambda start, part: difference[start : start + len(part)]
+        return factor, lambda start, part: _product(part, difference)
 
     def _read(self, name: str, start: int, stop: int) -> FloatArray:
         columns = self._view.tensors[name].shape[1]
@@ -305,6 +316,11 @@ class _Work:
     def _is_whole(self, name: str) -> bool:
         mark = self._journal.marks.get(name)
         return mark is not None and self._journal.is_whole(name, mark.size)
+
+
+def _product(weights: FloatArray, difference: NDArray[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore", invalid="ignore"):  # a correction that is not finite is not made
+        return np.asarray(weights @ difference)
 
 
 def _file_name(unit: int) -> str:

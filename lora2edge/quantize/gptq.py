@@ -77,17 +77,17 @@ def gptq_refit(weights: FloatArray, width: int, fit: Fit, factor: Factor) -> tup
     return slab.finished(), joined
 
 
-def corrected(weights: FloatArray, difference: NDArray[Any], factor: Factor) -> FloatArray:
+def corrected(weights: FloatArray, shift: NDArray[Any], factor: Factor) -> FloatArray:
     """W* = W + W (R − X)ᵀX / n (H + λ)⁻¹: what to round so that the outputs come near those for the inputs R.
 
     Least squares towards the 16-bit model's outputs W R, given the inputs X of the layers quantized so far (GPTAQ,
-    https://arxiv.org/abs/2504.02692, has the same aim). `difference`: `Gram.mean_difference()`. `weights` themselves
-    where the factor is a fall-back or the correction is not finite.
+    https://arxiv.org/abs/2504.02692, has the same aim). `shift`: W times `Gram.mean_difference()`, `[rows, columns]`.
+    `weights` themselves where the factor is a fall-back or the correction is not finite.
     """
     if factor.fallback:
         return weights
     with np.errstate(over="ignore", invalid="ignore"):
-        target = (weights + factor.solve(weights @ difference)).astype(np.float32)
+        target = (weights + factor.solve(shift)).astype(np.float32)
     return target if np.isfinite(target).all() else weights
 
 

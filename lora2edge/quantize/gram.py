@@ -22,11 +22,19 @@ _SLAB_TOKENS = 1024
 class Gram:
     """Adds up XᵀX, and with `paired` (R − X)ᵀX, over slabs of tokens. Memory: one or two `[columns, columns]`.
 
-    R are the 16-bit model's inputs where X are those of the layers quantized so far. Deterministic: the sums depend on
+    R are the 16-bit model's inputs where X are those of the layers quantized so far. With `weights`, `[rows, columns]`,
+    W (R − X)ᵀX is added up instead, which is less work where a matrix has few rows. Deterministic: the sums depend on
     the slabs and their order, not on the number of cores.
     """
 
-    def __init__(self, columns: int, *, paired: bool = False, dtype: Literal["float32", "float64"] = "float32") -> None:
+    def __init__(
+        self,
+        columns: int,
+        *,
+        paired: bool = False,
+        weights: FloatArray | None = None,
+        dtype: Literal["float32", "float64"] = "float32",
+    ) -> None:
         self.tokens = 0
         """Tokens that were added, each as often as it counts."""
         self.rows = 0
@@ -34,7 +42,10 @@ class Gram:
         self.dropped_tokens = 0
         """Tokens left out because one of their inputs was NaN or infinite."""
         self._sum: NDArray[Any] = np.zeros((columns, columns), dtype)
-        self._difference: NDArray[Any] | None = np.zeros((columns, columns), dtype) if paired else None
+        self._weights = weights
+        self._difference: NDArray[Any] | None = None
+        if paired or weights is not None:
+            self._difference = np.zeros((columns if weights is None else len(weights), columns), dtype)
 
     def add(self, inputs: FloatArray, reference: FloatArray | None = None, times: int = 1) -> None:
         """Adds `[tokens, columns]` inputs, with `reference` (the same shape) if the sums are paired, `times` over.
@@ -67,7 +78,8 @@ class Gram:
         return total
 
     def mean_difference(self) -> NDArray[Any] | None:
-        """(R − X)ᵀX / tokens: `[columns, columns]`, the Gram's own memory; None where nothing was paired."""
+        """(R − X)ᵀX / tokens, `[columns, columns]`, or the weights' product with it, `[rows, columns]`: the Gram's own
+        memory; None where nothing was paired."""
         total, self._difference = self._difference, None
         if total is not None:
             total /= max(self.tokens, 1)
@@ -96,8 +108,16 @@ class Gram:
             stop = start + _PANEL
             with np.errstate(over="ignore", invalid="ignore"):  # found when it is factored
                 self._sum[start:stop, start:] += tokens[:, start:stop].T @ tokens[:, start:]
-                if self._difference is not None and apart is not None:
-                    self._difference[start:stop] += apart[:, start:stop].T @ tokens
+
+        def add_difference(start: int) -> None:
+            assert apart is not None and self._difference is not None
+            part = slice(start, start + _PANEL)
+            with np.errstate(over="ignore", invalid="ignore"):
+                left = apart[:, part].T if self._weights is None else self._weights[part] @ apart.T
+                self._difference[part] += left @ tokens
 
         for _ in in_order(add_panel, range(0, len(self._sum), _PANEL)):
             pass
+        if self._difference is not None:
+            for _ in in_order(add_difference, range(0, len(self._difference), _PANEL)):
+                pass

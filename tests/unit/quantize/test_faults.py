@@ -202,9 +202,9 @@ def test_feedback_that_leaves_float32_is_refused() -> None:
 
 
 def test_a_correction_that_is_not_finite_is_not_made() -> None:
-    difference = np.full((COLUMNS, COLUMNS), 1e38, np.float32)
-    assert corrected(WEIGHTS, difference, factor_of(INPUTS)) is WEIGHTS
-    assert corrected(WEIGHTS, difference, factor_of(INPUTS[:0])) is WEIGHTS
+    shift = np.full((ROWS, COLUMNS), np.inf, np.float32)
+    assert corrected(WEIGHTS, shift, factor_of(INPUTS)) is WEIGHTS
+    assert corrected(WEIGHTS, shift, factor_of(INPUTS[:0])) is WEIGHTS
 
 
 def test_the_log_adds_up_slabs_and_tensors() -> None:

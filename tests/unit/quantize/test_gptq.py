@@ -208,7 +208,7 @@ def test_the_corrected_target_is_the_least_squares_one() -> None:
         np.concatenate([(x.astype(np.float64) - drifted) @ weights.T, np.zeros((96, 20))]),
         rcond=None,
     )
-    target = corrected(weights, difference, result)
+    target = corrected(weights, weights @ difference, result)
     np.testing.assert_allclose(target - weights, change.T, atol=2e-5 * np.abs(change).max() + 2e-6)
     outputs = x @ weights.T
     assert np.square(drifted @ target.T - outputs).sum() < np.square(drifted @ weights.T - outputs).sum()

@@ -67,3 +67,19 @@ def test_other_shapes_are_refused() -> None:
         Gram(300).add(X, R)
     with pytest.raises(ValueError, match="reference"):
         Gram(300, paired=True).add(X)
+
+
+def test_weights_times_the_difference() -> None:
+    generator = np.random.default_rng(3)
+    inputs, reference = (generator.standard_normal((1500, 300)).astype(np.float32) for _ in range(2))
+    inputs[7, 3] = np.nan
+    weights = generator.standard_normal((40, 300)).astype(np.float32)
+    whole, product = Gram(300, paired=True), Gram(300, weights=weights)
+    for gram in (whole, product):
+        gram.add(inputs, reference)
+    assert product.dropped_tokens == 1
+    np.testing.assert_array_equal(product.mean(), whole.mean())
+    difference, found = whole.mean_difference(), product.mean_difference()
+    assert difference is not None and found is not None
+    assert found.shape == (40, 300)
+    np.testing.assert_allclose(found, weights @ difference, rtol=1e-3, atol=1e-2)
