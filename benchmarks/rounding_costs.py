@@ -1,6 +1,6 @@
 """What GPTQ's rounding costs: calibration, rounding and packing, each in a process of its own.
 
-Usage: python benchmarks/rounding_costs.py MODEL DATA [--precision q4_0] [--tokens 15000] [--threads N] [--results FILE]
+Usage: python benchmarks/rounding_costs.py MODEL DATA [--precision q4_0] [--tokens 15000] [--calibration-only]
 
 MODEL is a folder of make_checkpoint.py, DATA a JSONL file of questions and answers. "calibrate" is the shared pass,
 with what each layer is given kept; "gptq" is a whole lowering with GPTQ, with its phases as the stage tells them (the
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=15000)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--calibration-only", action="store_true")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     told: dict[str, object] = {"precision": options.precision, "tokens": options.tokens, "dtype": options.dtype}
@@ -61,7 +62,7 @@ def main() -> None:
         print("calibrate", told["calibrate"], flush=True)
         kept = sum(path.stat().st_size for path in folder.iterdir())
         told["calibration_bytes"] = kept
-        for rounding in ("gptq", "llama.cpp"):
+        for rounding in () if options.calibration_only else ("gptq", "llama.cpp"):
             out = Path(root) / rounding
             out.mkdir()
             target = {"name": "t", "backend": "gguf", "precision": options.precision, "options": {"rounding": rounding}}
