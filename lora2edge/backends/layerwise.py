@@ -45,8 +45,10 @@ _GRAM_BYTES, _CHUNK_BYTES = 20, 30
 """Memory for each element of XᵀX and of a chunk, with all that is made of them."""
 _BASE_RAM = 600 << 20
 """PyTorch and one batch."""
-_FORWARD_SHARE = 4
-"""Forward passes: a layer's matrices run again for each group of them, in both models."""
+_FORWARD_SHARE = 3
+"""Forward passes: a layer's matrices run again for each group of them."""
+_HIDDEN = 5
+"""Arrays as wide as the hidden state: before and after a layer, and three of its matrices' inputs."""
 _OPERATIONS_PER_SECOND = 50e9
 """In float32 products, of a core."""
 _LAYER = re.compile(r".*?\.\d+\.")
@@ -128,7 +130,7 @@ def round_layers(
     log = RoundingLog()
     stored = calibration if isinstance(calibration, StoredCalibration) else open_calibration(calibration.path)
     with Journal(folder) as journal:
-        replay = Replay(view, stored, feedback=journal if feedback else None)
+        replay = Replay(view, stored, folder, feedback=journal if feedback else None)
         work = _Work(view, replay, set(names), encoder, journal, progress, options)
         order = work.order()
         progress.start("round", sum(view.tensors[name].size for name in names), "weights")
@@ -160,7 +162,7 @@ class RoundingCost:
 
     ram_bytes: int
     disk_bytes: int
-    """Of the hidden states between two layers."""
+    """Of the hidden states between two layers, and the inputs of one layer's matrices."""
     seconds: float
 
 
@@ -178,7 +180,7 @@ def rounding_cost(view: Checkpoint, names: Collection[str], tokens: int, machine
     operations += sum(6.0 * tensor.size * tensor.shape[1] + tensor.shape[1] ** 3 for tensor in tensors)
     return RoundingCost(
         ram_bytes=_BASE_RAM + 8 * largest_layer + _GRAM_BYTES * widest**2 + _CHUNK_BYTES * _CHUNK_WEIGHTS,
-        disk_bytes=2 * 4 * hidden * tokens,
+        disk_bytes=4 * tokens * (_HIDDEN * hidden + widest),
         seconds=operations / (machine.operations_per_second or _OPERATIONS_PER_SECOND * max(1, machine.cores)),
     )
 

@@ -7,8 +7,11 @@ these layers give (the feedback stream), which is each target's own.
 from __future__ import annotations
 
 import contextlib
+import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora2edge.calibration.hidden import HiddenStates, append_states
@@ -44,19 +47,24 @@ class Replay:
     `close`. One layer is in memory, with feedback two. Both models are run with the settings of the calibration pass.
     """
 
-    def __init__(self, view: Checkpoint, calibration: StoredCalibration, *, feedback: Journal | None = None) -> None:
-        """`feedback`: the journal of the folder in which hidden states lie between two layers. Raises DataError where
-        the pass did not keep what each layer was given."""
+    def __init__(
+        self, view: Checkpoint, calibration: StoredCalibration, scratch: Path, *, feedback: Journal | None = None
+    ) -> None:
+        """`scratch`: a folder on a disk with room for the inputs of one layer's matrices, in files without a name.
+        `feedback`: the journal of the folder in which hidden states lie between two layers. Raises DataError where the
+        pass did not keep what each layer was given."""
         require("torch", "transformers")
         import torch
 
         calibration.inputs_path(0)
-        self._view, self._calibration, self._feedback = view, calibration, feedback
+        self._view, self._calibration, self._scratch, self._feedback = view, calibration, scratch, feedback
         torch.set_num_threads(calibration.settings.threads)
         ids = {token for sample in calibration.samples for token in sample.ids}
         device, dtype = calibration.settings.device, calibration.settings.dtype
         self.model = LayeredModel(view, dtype=dtype, device=device, ids=ids)
         self._recorder = Recorder(self.model)
+        self._kept: dict[str, _KeptInputs] = {}
+        """What the merged model's groups of the open layer are given, by their first tensor."""
         self._changed: dict[str, Any] = {}
         """Parameters of the open layer that are quantized, by path."""
 
@@ -99,37 +107,47 @@ class Replay:
         """
         self.model.load(layer)
         self._layer = layer
-        groups: list[tuple[Any, list[str]]] = []
+        groups: dict[str, list[str]] = {}
+        number, shared, first = 0, None, ""
 
         def note(name: str, inputs: Any, times: int) -> None:
-            if self.model.owners[name].expert is None:
-                if not groups or groups[-1][0] is not inputs:
-                    groups.append((inputs, []))
-                groups[-1][1].append(name)
+            nonlocal shared, first
+            if inputs is not shared:
+                shared, first = inputs, name
+                if name not in groups:
+                    groups[name], self._kept[name] = [], _KeptInputs(self._scratch)
+                if self._is_compared(name):
+                    self._kept[name].append(number, inputs)
+            if name not in groups[first]:
+                groups[first].append(name)
 
-        batch = next(self._calibration.layout.all_batches())
+        run = _Run()
         with self._stored(layer) as states, self._recorder.watching(layer, note):
-            self._run(batch, states, _Run())
-        experts: dict[tuple[str, int], list[str]] = {}
+            for number, batch in enumerate(self._calibration.layout.all_batches()):  # noqa: B007
+                self._run(batch, states, run)
+        unseen: dict[tuple[str, int | None], list[str]] = {}
         for name, owner in self.model.owners.items():
-            if owner.layer == layer and owner.expert is not None:
-                experts.setdefault((owner.path, owner.expert), []).append(name)
-        return [*(names for _, names in groups), *experts.values()]
+            if (
+                owner.layer == layer
+                and owner.expert is not None
+                and not any(name in group for group in groups.values())
+            ):
+                unseen.setdefault((owner.path, owner.expert), []).append(name)
+        return [*groups.values(), *unseen.values()]
 
     def inputs(self, group: Sequence[str]) -> Iterator[Inputs]:
         """What the tensors of a group of the open layer are given, batch by batch, in one order."""
-        compared = not self._feedback or self.model.owners[group[0]].expert is None
-        merged, quantized = _Run(), _Run()
-        with self._stored(self._layer) as stored, self._given() as given:
-            for batch in self._calibration.layout.all_batches():
-                found = self._until(group, batch, stored, merged) if compared else None
-                if not self._feedback:
-                    values, reference = found, None
-                else:
-                    with self._quantized():
-                        values, reference = self._until(group, batch, given, quantized), found
-                if values is not None:
-                    yield Inputs(values, reference, batch.times)
+        kept = self._kept.get(group[0], _KeptInputs(self._scratch))
+        if not self._feedback:
+            for number, batch in enumerate(self._calibration.layout.all_batches()):
+                if (values := kept.read(number)) is not None:
+                    yield Inputs(values, None, batch.times)
+            return
+        run = _Run()
+        with self._given() as given, self._quantized():
+            for number, batch in enumerate(self._calibration.layout.all_batches()):
+                if (values := self._until(group, batch, given, run)) is not None:
+                    yield Inputs(values, kept.read(number), batch.times)
 
     def head_inputs(self) -> Iterator[Inputs]:
         """What the output layer is given: in the merged model, and in the quantized one once its layers are closed."""
@@ -163,6 +181,9 @@ class Replay:
                     append_states(file, self._run(batch, given, run), batch)
                 file.finish()
             (self._feedback.folder / hidden_name(self._layer)).unlink(missing_ok=True)
+        for kept in self._kept.values():
+            kept.close()
+        self._kept.clear()
         self._changed.clear()
         self.model.drop()
 
@@ -171,6 +192,10 @@ class Replay:
         if self._feedback:
             for layer in range(self.count + 1):
                 (self._feedback.folder / hidden_name(layer)).unlink(missing_ok=True)
+
+    def _is_compared(self, name: str) -> bool:
+        """Whether the merged model's inputs of a tensor are of use: of experts only without a second model."""
+        return not self._feedback or self.model.owners[name].expert is None
 
     def _until(self, group: Sequence[str], batch: Batch, states: HiddenStates | None, run: _Run) -> FloatArray | None:
         """What a group is given by one batch; None where that is nothing."""
@@ -233,3 +258,40 @@ class _Run:
 
     prefix: Any = None
     """Keys and values of what all samples begin with."""
+
+
+class _KeptInputs:
+    """What one group is given, batch by batch, in a file without a name: gone with the process, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: Any = None
+        self._places: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """Of each batch, by number: where it lies, and its shape."""
+        self._dtype: Any = None
+
+    def append(self, number: int, values: Any) -> None:
+        """Keeps `[tokens, channels]` of a batch."""
+        import torch
+
+        self._file = self._file or tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        rows = values.cpu().contiguous()
+        self._places[number], self._dtype = (self._file.tell(), tuple(rows.shape)), rows.dtype
+        self._file.write(memoryview(rows.view(torch.uint8).numpy()).cast("B"))
+
+    def read(self, number: int) -> FloatArray | None:
+        """The same as float32; None where there is nothing."""
+        import torch
+
+        if number not in self._places:
+            return None
+        offset, shape = self._places[number]
+        self._file.seek(offset)
+        raw = bytearray(self._file.read(math.prod(shape) * self._dtype.itemsize))
+        found: FloatArray = torch.frombuffer(raw, dtype=self._dtype).view(shape).float().numpy()
+        return found
+
+    def close(self) -> None:
+        """Gives the file back."""
+        if self._file:
+            self._file.close()

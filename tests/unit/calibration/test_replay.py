@@ -28,7 +28,7 @@ def test_matrices_of_inputs_are_those_of_the_whole_model(name: str, tmp_path: Pa
     expected = run_whole(view, texts)
     (tmp_path / "out").mkdir()
     found = calibrate(view, texts, tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
-    replay = Replay(view, found)
+    replay = Replay(view, found, tmp_path)
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
 
@@ -75,7 +75,7 @@ def test_inputs_of_quantized_layers_are_those_of_a_changed_model(name: str, tmp_
         return (values * (1 + 0.2 * generator.standard_normal(values.shape))).astype(np.float32)
 
     with Journal(tmp_path / "out") as journal, torch.no_grad():
-        replay = Replay(view, found, feedback=journal)
+        replay = Replay(view, found, tmp_path, feedback=journal)
 
         def embedding(ids: Any, rows: Any) -> Any:
             weight = changed.get_input_embeddings().weight
@@ -132,5 +132,5 @@ def test_without_stored_inputs_there_is_nothing_to_run(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     found = calibrate(view, samples(vocab=370), tmp_path / "out", SILENT, device="cpu", threads=1)
     with pytest.raises(DataError) as caught:
-        Replay(view, found)
+        Replay(view, found, tmp_path)
     assert caught.value.code == "no-layer-inputs"
