@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,12 @@ def lora2edge(checkpoint: str, samples: list[list[int]], out: Path, settings: di
         import torch  # noqa: F401
         from safetensors.numpy import save_file
 
-        from lora2edge.backends.layerwise import round_layers
+        from lora2edge.backends.layerwise import OPTIONS, round_layers
         from lora2edge.calibration import calibrate
         from lora2edge.checkpoint import open_checkpoint
         from lora2edge.contracts import Item, Sample
         from lora2edge.progress import SILENT
-        from lora2edge.quantize import Factor, GptqOptions, IntGrid, RoundingLog, fit_mse, fit_range, gptq_codes
+        from lora2edge.quantize import Factor, IntGrid, RoundingLog, fit_mse, fit_range, gptq_codes
 
     group, grid = settings["group"], settings.get("grid", "importance")
     for folder in ("calibration", "rounding"):
@@ -151,7 +152,7 @@ def lora2edge(checkpoint: str, samples: list[list[int]], out: Path, settings: di
             device="cpu", threads=settings["threads"], dtype=settings["dtype"], layer_inputs=True,
         )  # fmt: skip
     names = [name for name in calibration.names if "lm_head" not in name and "embed" not in name]
-    options = GptqOptions(damping=settings["damping"], activation_order=settings.get("activation_order", True))
+    options = replace(OPTIONS, damping=settings["damping"], activation_order=settings.get("activation_order", True))
     with timed("quantize"):
         rounded = round_layers(
             view, calibration, names, Int4(), out / "rounding", SILENT,
