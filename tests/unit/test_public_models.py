@@ -148,7 +148,7 @@ def test_machine_refuses(tmp_path: Path) -> None:
     small = survey_build(recipe, target, machine=_machine(ram=30e9, disk=4e9))
     assert [error.code for error in small.errors] == ["memory", "disk-full"]
     assert "31.3 GB" in small.errors[0].what
-    assert not survey_build(recipe, target, machine=_machine(ram=32e9, disk=12e9)).errors
+    assert not survey_build(recipe, target, machine=_machine(ram=32e9, disk=15e9)).errors
 
 
 def test_page_is_current() -> None:
