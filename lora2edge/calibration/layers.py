@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.calibration.model import empty_model, fill, match, refuse_missing
+from lora2edge.calibration.model import empty_model, fill, match, refuse_missing, tie
 from lora2edge.calibration.relay import make_relay
 from lora2edge.checkpoint import expert_place
 from lora2edge.contracts import Checkpoint, TensorInfo
@@ -82,7 +82,7 @@ class LayeredModel:
         self.model = empty_model(view, dtype, device, meta=True).eval()
         self.causal = view.task == "causal-lm"
         _, self._homes, missing = match(view, self.model)
-        self.model.tie_weights(missing_keys=missing)
+        tie(view, self.model, self._homes, missing)
         refuse_missing(missing)
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # one product an expert, which can be told apart
