@@ -50,12 +50,14 @@ class Replay:
         require("torch", "transformers")
         import torch
 
-        calibration.inputs_path(0)
+        calibration.inputs_path(0)  # before a model is made
         self._view, self._calibration, self._feedback = view, calibration, feedback
         torch.set_num_threads(calibration.settings.threads)
         ids = {token for sample in calibration.samples for token in sample.ids}
         device, dtype = calibration.settings.device, calibration.settings.dtype
         self.model = LayeredModel(view, dtype=dtype, device=device, ids=ids)
+        for layer in range(calibration.layers + (self.model.causal and self.model.head is not None)):
+            calibration.check_inputs(layer, self.model.width)
         self._recorder = Recorder(self.model)
         self._changed: dict[str, Any] = {}
         """Parameters of the open layer that are quantized, by path."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,19 @@ def hooked(model: Any, path: str, ids: Any) -> Any:
         model(torch.tensor([ids]))
     hook.remove()
     return seen[0]
+
+
+@pytest.mark.parametrize("change", [-2, 2])
+def test_stored_inputs_of_another_size_are_refused(change: int, tmp_path: Path) -> None:
+    make_model(ARCHITECTURES["llama"], tmp_path)
+    view = open_checkpoint(tmp_path)
+    (tmp_path / "out").mkdir()
+    found = calibrate(view, samples(vocab=370), tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
+    path = found.inputs_path(found.layers)
+    os.truncate(path, path.stat().st_size + change)
+    with pytest.raises(DataError) as caught:
+        Replay(view, found)
+    assert caught.value.code == "stale-calibration"
 
 
 def test_without_stored_inputs_there_is_nothing_to_run(tmp_path: Path) -> None:
