@@ -80,8 +80,8 @@ class _Place:
 class RoundedTensors:
     """What `round_layers` left in a folder. Safe to be read from several threads."""
 
-    def __init__(self, folder: Path, places: Mapping[str, _Place], log: RoundingLog) -> None:
-        self._folder, self._places = folder, places
+    def __init__(self, folder: Path, files: Collection[str], places: Mapping[str, _Place], log: RoundingLog) -> None:
+        self._folder, self._files, self._places = folder, files, places
         self.log = log
         """What was done to each tensor."""
 
@@ -101,7 +101,7 @@ class RoundedTensors:
 
     def remove(self) -> None:
         """Removes the files."""
-        for file in {place.file for place in self._places.values()}:
+        for file in self._files:  # one without a tensor, too
             (self._folder / file).unlink(missing_ok=True)
             (self._folder / _log_name(file)).unlink(missing_ok=True)
 
@@ -126,6 +126,8 @@ def round_layers(
     that was stopped goes on. Raises DataError where the calibration kept no layer inputs.
     """
     log = RoundingLog()
+    if not names:
+        return RoundedTensors(folder, (), {}, log)
     stored = calibration if isinstance(calibration, StoredCalibration) else open_calibration(calibration.path)
     with Journal(folder) as journal:
         replay = Replay(view, stored, feedback=journal if feedback else None)
@@ -151,7 +153,7 @@ def round_layers(
             f"{len(missed)} matrices were never multiplied with anything",
             why=", ".join(missed[:5]),
         )
-    return RoundedTensors(folder, places, log)
+    return RoundedTensors(folder, list(map(_file_name, order)), places, log)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +312,7 @@ class _Work:
             return self._encoder.embedding(rows)
         (name,) = self.names_of(self._replay.count)
         places, _ = _read_log(self._journal.folder / _log_name(_file_name(self._replay.count)))
-        stored = RoundedTensors(self._journal.folder, places, RoundingLog())
+        stored = RoundedTensors(self._journal.folder, (), places, RoundingLog())
         return np.concatenate([self._encoder.decode(name, stored.rows(name, row, row + 1)) for row in ids.tolist()])
 
     def _is_whole(self, name: str) -> bool:
