@@ -177,11 +177,14 @@ class Replay:
     def _until(self, group: Sequence[str], batch: Batch, states: HiddenStates | None, run: _Run) -> FloatArray | None:
         """What a group is given by one batch; None where that is nothing."""
         found: list[FloatArray] = []
+        ends = batch is not self._calibration.layout.first
+        """Of the prefix all is run: the length of the layers' caches is the position of the tokens behind it."""
 
         def take(name: str, inputs: Any, times: int) -> None:
             if name == group[0]:
                 found.append(inputs.float().cpu().numpy())
-                raise Reached
+                if ends:
+                    raise Reached
 
         with self._recorder.watching(self._layer, take):
             self._run(batch, states, run)

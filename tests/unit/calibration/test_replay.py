@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,24 @@ def test_inputs_of_quantized_layers_are_those_of_a_changed_model(name: str, tmp_
     sizes = [1, 1, 1, 1] if name == "phi3" else [3, 1, 2, 1]  # query, key and value; output; gate and up; down
     assert [len(group) for group in order] == sizes * found.layers
     assert [path.name for path in (tmp_path / "out").glob("hidden-*")] == [f"hidden-{found.layers:04}.bin"]
+
+
+def test_learned_positions_go_on_behind_the_prefix(tmp_path: Path) -> None:
+    """What a quantized model's first layer is given has them in it."""
+    settings = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+    llama = ARCHITECTURES["llama"]
+    opt = dataclasses.replace(
+        llama, model_class="OPTForCausalLM", config_class="OPTConfig", settings={**llama.settings, **settings}
+    )
+    merged = make_model(opt, tmp_path)
+    view, texts = open_checkpoint(tmp_path), samples(12, vocab=370)
+    (tmp_path / "out").mkdir()
+    found = calibrate(view, texts, tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
+    assert found.prefix
+    with Journal(tmp_path / "out") as journal:
+        replay = Replay(view, found, feedback=journal)
+        group = replay.open(0)[0]
+        check(list(replay.inputs(group)), view, group[0], copy.deepcopy(merged), merged, found)
 
 
 def check(batches: Any, view: Any, tensor: str, changed: Any, merged: Any, found: Any, path: str = "") -> None:
