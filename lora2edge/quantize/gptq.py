@@ -89,7 +89,7 @@ def corrected(weights: FloatArray, shift: NDArray[Any], factor: Factor) -> Float
     if factor.fallback:
         return weights
     with np.errstate(over="ignore", invalid="ignore"):
-        target = (weights + factor.solve(shift)).astype(np.float32)
+        target: FloatArray = (weights + factor.solve(shift)).astype(np.float32)
         peaks = np.maximum(target.max(1), -target.min(1))
     wild = ~(peaks <= np.maximum(np.maximum(weights.max(1), -weights.min(1)), _LARGEST_HALF))
     target[wild] = weights[wild]
