@@ -39,8 +39,10 @@ hold a model's own tokenizer is told by the plan over the real folder.
 
 ## Lowering
 
-Size on disk and time for each target, with the adapter merged on the way; memory is the most that any target needs.
-A code in the place of a size is a refusal, explained below. No text is needed for this.
+Size of the artifact and time for each target, with the adapter merged on the way; memory is the most that any target
+needs. q4_0, q4_k_m, q5_k_m and q6_k are rounded with GPTQ, which needs calibration text, and as much disk again until
+the file is written; with `rounding: llama.cpp`, or without text, they take about the time of q3_k_m.
+A code in the place of a size is a refusal, explained below.
 """
 _STAGES = """
 ## A whole build
@@ -93,7 +95,7 @@ def _targets(surveys: dict[str, Survey]) -> str:
         sizes = tensor_shapes(model).values()
         described = found.describe_adapters()[0]
         adapter = words.parameters(described["delta"]["parameters"]) if "delta" in described else words.NONE
-        cells = [_need(lowering[name]) if name in lowering else _codes(found, name) for name in names]
+        cells = [_need(found, lowering[name]) if name in lowering else _codes(found, name) for name in names]
         rows.append([model, words.parameters(sum(map(_product, sizes))), adapter, memory, *cells])
     return _table(rows)
 
@@ -130,8 +132,9 @@ def _refusals(surveys: dict[str, Survey]) -> Iterator[str]:
         yield f"- `{code}`: {what}; {why}. {', '.join(models)}\n"
 
 
-def _need(stage: StageForecast) -> str:
-    return f"{words.size(stage.disk_bytes)}, {words.duration(stage.seconds)}"
+def _need(found: Survey, stage: StageForecast) -> str:
+    assert stage.target
+    return f"{words.size(found.estimates[stage.target].disk_bytes)}, {words.duration(stage.seconds)}"
 
 
 def _codes(found: Survey, target: str) -> str:

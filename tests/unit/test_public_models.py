@@ -118,6 +118,16 @@ def test_every_linear_layer_is_reached(tmp_path: Path) -> None:
     _close(found)
 
 
+def test_the_disk_that_gptq_takes_on_the_way_is_told_apart(tmp_path: Path) -> None:
+    found = survey(tmp_path, "Qwen2.5-0.5B")
+    stages = {stage.target: stage for stage in found.stages if stage.stage == "lower"}
+    for name in ("gguf/q4_0", "gguf/q8_0"):
+        estimate, stage = found.estimates[name], stages[name]
+        assert stage.disk_bytes == estimate.disk_bytes + estimate.scratch_bytes
+        assert (f"{estimate.scratch_bytes / 1e6:,.1f} MB of the disk only" in stage.note) is (name == "gguf/q4_0")
+    _close(found)
+
+
 def test_what_hits_nothing_is_told(tmp_path: Path) -> None:
     """An entry that the model has no module for is passed over by PEFT where others hit something."""
     name = "Qwen2.5-0.5B"
