@@ -20,7 +20,7 @@ from lora2edge.contracts import Checkpoint
 from lora2edge.journal import GrowingFile, Journal
 
 if TYPE_CHECKING:
-    from lora2edge.calibration.layers import Change
+    from lora2edge.calibration.embedding import Change
     from lora2edge.contracts import FloatArray
 
 
@@ -93,7 +93,7 @@ class Replay:
     def change_embedding(self, change: Change) -> None:
         """Gives the quantized model its embedding. `change(ids, rows)`: rows of the merged one for the ids that occur,
         ascending, to those of the quantized one; `[ids, hidden]` float32."""
-        self.model.change_embedding(change)
+        self.model.embedding.change(change)
 
     def open(self, layer: int) -> list[list[str]]:
         """Brings the layer into memory. Returns its tensors, in the order in which they are multiplied with something;
