@@ -111,7 +111,9 @@ def forecast_stages(
             continue
         seconds = max(estimate.seconds, (stored_bytes(view) + estimate.disk_bytes) / _DISK_BYTES_PER_SECOND)
         needs = (estimate.ram_bytes, estimate.disk_bytes + estimate.scratch_bytes, seconds)
-        stages.append(StageForecast("lower", target.name, *needs, "; ".join(estimate.notes)))
+        scratch = (f"{estimate.scratch_bytes / 1e6:,.1f} MB of the disk only until it is written",)
+        notes = (*estimate.notes, *(scratch if estimate.scratch_bytes else ()))
+        stages.append(StageForecast("lower", target.name, *needs, "; ".join(notes)))
         loaded = estimate.disk_bytes + OVERHEAD_BYTES
         stages.append(StageForecast("measure", target.name, loaded, 0, test * second_per_token, runs))
         both = loaded + stored_bytes(view) + OVERHEAD_BYTES

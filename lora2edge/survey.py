@@ -174,7 +174,7 @@ def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) 
         if survey.machine.cuda is None:
             _try(errors, partial(check_butterflies, survey.adapters))
         _check_memory(merged, survey.machine, errors)
-    _check_disk(estimates, survey.machine, out, errors)
+    _check_disk(estimates, survey.machine, out, errors, with_text=survey.recipe.data is not None)
     return replace(survey, estimates=estimates, errors=tuple(errors), refused=refused)
 
 
@@ -334,9 +334,13 @@ def _check_memory(merged: MergedCheckpoint, machine: Machine, errors: list[Input
         )
 
 
-def _check_disk(estimates: dict[str, Estimate], machine: Machine, out: Path | None, errors: list[InputError]) -> None:
+def _check_disk(
+    estimates: dict[str, Estimate], machine: Machine, out: Path | None, errors: list[InputError], *, with_text: bool
+) -> None:
+    """Without text nothing is calibrated, and what is rounded without that needs no more disk than its file."""
     needed = sum(estimate.disk_bytes for estimate in estimates.values())
-    needed += max((estimate.scratch_bytes for estimate in estimates.values()), default=0)
+    if with_text:
+        needed += max((estimate.scratch_bytes for estimate in estimates.values()), default=0)
     if needed > machine.disk_bytes:
         errors.append(
             OutputError(

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora2edge.contracts import Estimate, Machine
+from lora2edge.contracts import Machine
 from lora2edge.forecast import StageForecast
 from lora2edge.recipe import Recipe
 from lora2edge.report import words
@@ -39,9 +39,10 @@ hold a model's own tokenizer is told by the plan over the real folder.
 
 ## Lowering
 
-The artifact's size and the time for each target, with the adapter merged on the way; memory is the most that any
-target needs. A code in the place of a size is a refusal, explained below. The 4- to 6-bit files take hours because GPTQ
-rounds them, on 32 thousand tokens of calibration text; without text, or with `rounding: llama.cpp`, it is minutes.
+Size of the artifact and time for each target, with the adapter merged on the way; memory is the most that any target
+needs. q4_0, q4_k_m, q5_k_m and q6_k are rounded with GPTQ, which needs calibration text, and as much disk again until
+the file is written; with `rounding: llama.cpp`, or without text, they take about the time of q3_k_m.
+A code in the place of a size is a refusal, explained below.
 """
 _STAGES = """
 ## A whole build
@@ -94,9 +95,7 @@ def _targets(surveys: dict[str, Survey]) -> str:
         sizes = tensor_shapes(model).values()
         described = found.describe_adapters()[0]
         adapter = words.parameters(described["delta"]["parameters"]) if "delta" in described else words.NONE
-        cells = [
-            _need(found.estimates[name], lowering[name]) if name in lowering else _codes(found, name) for name in names
-        ]
+        cells = [_need(found, lowering[name]) if name in lowering else _codes(found, name) for name in names]
         rows.append([model, words.parameters(sum(map(_product, sizes))), adapter, memory, *cells])
     return _table(rows)
 
@@ -133,8 +132,9 @@ def _refusals(surveys: dict[str, Survey]) -> Iterator[str]:
         yield f"- `{code}`: {what}; {why}. {', '.join(models)}\n"
 
 
-def _need(estimate: Estimate, stage: StageForecast) -> str:
-    return f"{words.size(estimate.disk_bytes)}, {words.duration(stage.seconds)}"
+def _need(found: Survey, stage: StageForecast) -> str:
+    assert stage.target
+    return f"{words.size(found.estimates[stage.target].disk_bytes)}, {words.duration(stage.seconds)}"
 
 
 def _codes(found: Survey, target: str) -> str:

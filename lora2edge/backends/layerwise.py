@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lora2edge.calibration import Inputs, Replay, StoredCalibration, open_calibration
-from lora2edge.checkpoint import in_order
+from lora2edge.checkpoint import embedding_name, in_order
 from lora2edge.contracts import Calibration, Checkpoint, Machine, Progress
 from lora2edge.errors import DataError
 from lora2edge.journal import GrowingFile, Journal
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Shift = Callable[[int, FloatArray], NDArray[Any]]
 
 OPTIONS = GptqOptions(sampling=1.0)
-"""Measured on the medical example, from 125 calibration tokens to 12 thousand: docs/method.md."""
+"""Measured on the medical example, from 154 calibration tokens to 12 thousand: docs/method.md."""
 _CHUNK_WEIGHTS = 1 << 24
 """Rounded at a time, all rows at once: memory beside is some 30 bytes for each."""
 _READ_WEIGHTS = 1 << 20
@@ -82,8 +82,8 @@ class _Place:
 class RoundedTensors:
     """What `round_layers` left in a folder. Safe to be read from several threads."""
 
-    def __init__(self, folder: Path, places: Mapping[str, _Place], log: RoundingLog) -> None:
-        self._folder, self._places = folder, places
+    def __init__(self, folder: Path, files: Collection[str], places: Mapping[str, _Place], log: RoundingLog) -> None:
+        self._folder, self._files, self._places = folder, files, places
         self.log = log
         """What was done to each tensor."""
 
@@ -103,7 +103,7 @@ class RoundedTensors:
 
     def remove(self) -> None:
         """Removes the files."""
-        for file in {place.file for place in self._places.values()}:
+        for file in self._files:  # one without a tensor, too
             (self._folder / file).unlink(missing_ok=True)
             (self._folder / _log_name(file)).unlink(missing_ok=True)
 
@@ -128,10 +128,13 @@ def round_layers(
     that was stopped goes on. Raises DataError where the calibration kept no layer inputs.
     """
     log = RoundingLog()
+    if not names:
+        return RoundedTensors(folder, (), {}, log)
     stored = calibration if isinstance(calibration, StoredCalibration) else open_calibration(calibration.path)
     with Journal(folder) as journal:
         replay = Replay(view, stored, folder, feedback=journal if feedback else None)
         work = _Work(view, replay, set(names), encoder, journal, progress, options)
+        _refuse_gap(set(names) - set(replay.model.owners))
         order = work.order()
         progress.start("round", sum(view.tensors[name].size for name in names), "weights")
         done = work.finished(order)
@@ -147,13 +150,8 @@ def round_layers(
             places.update(found)
             log.extend(entries)
         replay.remove_files()
-    if missed := sorted(set(names) - set(places)):
-        raise DataError(
-            "rounding-gap",
-            f"{len(missed)} matrices were never multiplied with anything",
-            why=", ".join(missed[:5]),
-        )
-    return RoundedTensors(folder, places, log)
+    _refuse_gap(set(names) - set(places))
+    return RoundedTensors(folder, list(map(_file_name, order)), places, log)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +172,8 @@ def rounding_cost(view: Checkpoint, names: Collection[str], tokens: int, machine
         layers[found[0] if (found := _LAYER.match(tensor.name)) else tensor.name] += tensor.size
     weights, widest = sum(layers.values()), max((tensor.shape[1] for tensor in tensors), default=0)
     largest_layer = max((size for name, size in layers.items() if _LAYER.match(name)), default=0)
-    hidden = min((tensor.shape[1] for tensor in tensors), default=0)
+    embedding = embedding_name(view.tensors)
+    hidden = view.tensors[embedding].shape[1] if embedding else 0
     inputs = sum(tensor.shape[1] ** 2 for tensor in tensors)
     operations = 2.0 * _FORWARD_SHARE * weights * tokens + 3 * inputs * tokens
     operations += sum(6.0 * tensor.size * tensor.shape[1] + tensor.shape[1] ** 3 for tensor in tensors)
@@ -312,12 +311,21 @@ class _Work:
             return self._encoder.embedding(rows)
         (name,) = self.names_of(self._replay.count)
         places, _ = _read_log(self._journal.folder / _log_name(_file_name(self._replay.count)))
-        stored = RoundedTensors(self._journal.folder, places, RoundingLog())
+        stored = RoundedTensors(self._journal.folder, (), places, RoundingLog())
         return np.concatenate([self._encoder.decode(name, stored.rows(name, row, row + 1)) for row in ids.tolist()])
 
     def _is_whole(self, name: str) -> bool:
         mark = self._journal.marks.get(name)
         return mark is not None and self._journal.is_whole(name, mark.size)
+
+
+def _refuse_gap(missed: Collection[str]) -> None:
+    if missed:
+        raise DataError(
+            "rounding-gap",
+            f"{len(missed)} matrices were never multiplied with anything",
+            why=", ".join(sorted(missed)[:5]),
+        )
 
 
 def _product(weights: FloatArray, difference: NDArray[Any]) -> NDArray[Any]:

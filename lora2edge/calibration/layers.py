@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from lora2edge.calibration.model import empty_model, fill, match, refuse_missing
+from lora2edge.calibration.embedding import TokenEmbedding
+from lora2edge.calibration.model import empty_model, fill, match, refuse_missing, tie
 from lora2edge.calibration.relay import make_relay
 from lora2edge.checkpoint import expert_place
 from lora2edge.contracts import Checkpoint, TensorInfo
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from lora2edge.contracts import FloatArray
-
-    Change = Callable[[NDArray[np.int64], FloatArray], FloatArray]
-
-_NEAR_ROWS = 8
-"""Rows of the embedding that lie closer together are read in one go."""
-_RUN_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +70,7 @@ class LayeredModel:
         self.model = empty_model(view, dtype, device, meta=True).eval()
         self.causal = view.task == "causal-lm"
         _, self._homes, missing = match(view, self.model)
-        self.model.tie_weights(missing_keys=missing)
+        tie(view, self.model, self._homes, missing)
         refuse_missing(missing)
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # one product an expert, which can be told apart
@@ -112,8 +100,7 @@ class LayeredModel:
         self.outputs: int | None = None
         """How many values a layer returns; 0: one, and no tuple; None: no layer has run yet."""
         self.loaded: int | None = None
-        self._ids = np.unique([self.pad_id or 0, *ids])
-        self._embedding = self._find_embedding()
+        self.embedding = TokenEmbedding(view, self.model, self._homes, [self.pad_id or 0, *ids], device)
         self._load_ends()
         self.shares_prefix = self.causal and _has_plain_cache(self.model)
         """Whether the keys and values of a prefix can be kept, layer by layer."""
@@ -145,10 +132,10 @@ class LayeredModel:
             return
         if index and self.outputs is None:  # a pass that goes on: nobody has seen what a layer returns
             self.load(0)
-            self.run(Batch([[int(self._ids[0])]]), None)
+            self.run(Batch([[int(self.embedding.ids[0])]]), None)
             self.drop()
         if index and self.causal:
-            self._forget_embedding()
+            self.embedding.forget()
         self._fill_module(self.layers[index], f"{self._path}.{index}")
         self._list[index] = self.layers[index]
         self.loaded = index
@@ -156,16 +143,6 @@ class LayeredModel:
     def home(self, name: str) -> str:
         """Path of the parameter that the tensor fills, whole or in part."""
         return self._homes[name][0]
-
-    def change_embedding(self, change: Change) -> None:
-        """Other rows for the tokens that occur. `change(ids, rows)`: ids ascending, their rows in the view and those to
-        be had, `[ids, hidden]` float32."""
-        import torch
-
-        weight = self.model.get_input_embeddings().weight
-        rows = torch.from_numpy(change(self._ids, self._embedding_rows()))
-        with torch.no_grad():
-            weight[slice(None) if self._compact else torch.from_numpy(self._ids)] = rows.to(weight)
 
     def drop(self) -> None:
         """Puts the relay in the place of the layer that is loaded, and its memory aside for the next one."""
@@ -263,11 +240,12 @@ class LayeredModel:
 
     def _load_ends(self) -> None:
         """All that is in no layer; of the embedding the rows that occur, of a causal model no output layer."""
-        self._forgotten = False
         self._spare: dict[Any, list[Any]] = {}
         """Memory of the layer before, by shape and dtype: given back and asked for again it would scatter."""
-        self._compact = self._compact_embedding()
-        kept = {f"{self._compact}.weight"} if self._compact else set()
+        kept = set()
+        if self.embedding.can_be_compact and (self.causal or not self.is_tied):
+            self.embedding.compact()
+            kept = {f"{_path_of(self.modules, self.model.get_input_embeddings())}.weight"}
         if self.causal and self.head:
             kept |= {f"{self.head}.weight", f"{self.head}.bias"}
         self._fill_module(self.model, "", kept)
@@ -299,63 +277,6 @@ class LayeredModel:
         }
         fill(self.view, {name: found for name, found in homes.items() if found}, rounded=False)
 
-    def _compact_embedding(self) -> str | None:
-        """Gives the embedding only the rows that occur; the module's own code (a factor, a type) goes on working.
-
-        Returns its path; None where it has to be there whole.
-        """
-        import torch
-
-        embedding = self.model.get_input_embeddings()
-        path = _path_of(self.modules, embedding)
-        if path is None or not isinstance(embedding, torch.nn.Embedding):
-            return None
-        weight = embedding.weight
-        if self._embedding is None or (not self.causal and self.is_tied):
-            return None
-        rows = torch.from_numpy(self._embedding_rows()).to(weight.dtype).to(self.device)
-        embedding.weight, embedding.padding_idx = _parameter(rows), None
-        known = torch.from_numpy(self._ids).to(self.device)
-        embedding.register_forward_pre_hook(lambda module, given: (self._row_of(known, given[0]), *given[1:]))
-        return path
-
-    def _find_embedding(self) -> str | None:
-        """The view's tensor of the token embedding; None where it is not one parameter."""
-        import torch
-
-        embedding = self.model.get_input_embeddings()
-        path = _path_of(self.modules, embedding)
-        if path is None or not isinstance(embedding, torch.nn.Embedding):
-            return None
-        places = dict(self.model.named_parameters(remove_duplicate=False))
-        named = [
-            name for name, found in self._homes.items() if any(places.get(home) is embedding.weight for home in found)
-        ]
-        return min(named, key=lambda name: f"{path}.weight" not in self._homes[name], default=None)
-
-    def _embedding_rows(self) -> FloatArray:
-        """Of the tokens that occur, as the view has them: `[ids, hidden]` float32."""
-        assert self._embedding
-        rows = np.empty((len(self._ids), *self.view.tensors[self._embedding].shape[1:]), np.float32)
-        for start, stop, wanted in _runs(self._ids):
-            values = self.view.rows(self._embedding, int(wanted[0]), int(wanted[-1]) + 1)
-            rows[start:stop] = values[wanted - wanted[0]]
-        return rows
-
-    def _row_of(self, known: Any, ids: Any) -> Any:
-        import torch
-
-        return torch.zeros_like(ids) if self._forgotten else torch.searchsorted(known, ids)
-
-    def _forget_embedding(self) -> None:
-        """Only its shape is wanted any more."""
-        import torch
-
-        if self._compact and not self._forgotten:
-            embedding = self.modules[self._compact]
-            embedding.weight = _parameter(torch.zeros_like(embedding.weight[:1]))
-            self._forgotten = True
-
 
 def _parameter(values: Any) -> Any:
     import torch
@@ -365,17 +286,6 @@ def _parameter(values: Any) -> Any:
 
 def _path_of(modules: Mapping[str, Any], wanted: Any) -> str | None:
     return next((path for path, module in modules.items() if module is wanted), None)
-
-
-def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
-    """Sorted ids in stretches that are worth one read each: where in `ids` they begin and end, and the ids."""
-    breaks = np.flatnonzero(np.diff(ids) > _NEAR_ROWS) + 1
-    start = 0
-    for stop in (*breaks.tolist(), len(ids)):
-        while start < stop:
-            end = min(stop, start + _RUN_ROWS)
-            yield start, end, ids[start:end]
-            start = end
 
 
 def _new_cache(model: Any) -> Any:

@@ -12,8 +12,10 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+from lora2edge.adapters.ends import same_rows
 from lora2edge.checkpoint import expert_place, one_blas_thread
 from lora2edge.contracts import Checkpoint, Task, TensorInfo
 from lora2edge.errors import CheckpointError, InputError, MissingExtraError, UnsupportedError
@@ -62,6 +64,26 @@ def match(view: Checkpoint, model: Any) -> tuple[dict[str, Any], dict[str, list[
     for name, found in homes.items():
         sizes.update(dict.fromkeys(found, view.tensors[name].size))
     return places, homes, {place for place in parameters if sizes[place] < places[place].numel()}
+
+
+def tie(view: Checkpoint, model: Any, homes: Mapping[str, Sequence[str]], missing: set[str]) -> None:
+    """Ties what `build_model` ties, in a model whose parameters hold no values yet: what is missing, and an output
+    layer that is stored beside the embedding and equals it. `homes` and `missing`: as `match` returns them."""
+    places = dict(model.named_parameters(remove_duplicate=False))
+    stored: list[str] = []
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = getattr(module, "weight", None)
+        filled = (name for name, found in homes.items() if any(places.get(home) is weight for home in found))
+        stored += [] if weight is None else list(filled)[:1]
+    copies: set[str] = set()
+    if len(set(stored)) == 2 and getattr(model.config, "tie_word_embeddings", False):
+        shapes = {view.tensors[name].shape for name in stored}
+        rows = [partial(view.rows, name) for name in stored]
+        if len(shapes) == 1 and same_rows(shapes.pop(), *rows):
+            copies = set(homes[stored[1]])
+    missing |= copies
+    model.tie_weights(missing_keys=missing)
+    missing -= copies
 
 
 def fill(view: Checkpoint, targets: Mapping[str, Sequence[Any]], *, rounded: bool) -> None:

@@ -23,7 +23,7 @@ from lora2edge.contracts import Checkpoint
 from lora2edge.journal import GrowingFile, Journal
 
 if TYPE_CHECKING:
-    from lora2edge.calibration.layers import Change
+    from lora2edge.calibration.embedding import Change
     from lora2edge.contracts import FloatArray
 
 
@@ -56,12 +56,14 @@ class Replay:
         require("torch", "transformers")
         import torch
 
-        calibration.inputs_path(0)
+        calibration.inputs_path(0)  # before a model is made
         self._view, self._calibration, self._scratch, self._feedback = view, calibration, scratch, feedback
         torch.set_num_threads(calibration.settings.threads)
         ids = {token for sample in calibration.samples for token in sample.ids}
         device, dtype = calibration.settings.device, calibration.settings.dtype
         self.model = LayeredModel(view, dtype=dtype, device=device, ids=ids)
+        for layer in range(calibration.layers + (self.model.causal and self.model.head is not None)):
+            calibration.check_inputs(layer, self.model.width)
         self._recorder = Recorder(self.model)
         self._kept: dict[str, _KeptInputs] = {}
         """What the merged model's groups of the open layer are given, by their first tensor."""
@@ -99,7 +101,7 @@ class Replay:
     def change_embedding(self, change: Change) -> None:
         """Gives the quantized model its embedding. `change(ids, rows)`: rows of the merged one for the ids that occur,
         ascending, to those of the quantized one; `[ids, hidden]` float32."""
-        self.model.change_embedding(change)
+        self.model.embedding.change(change)
 
     def open(self, layer: int) -> list[list[str]]:
         """Brings the layer into memory. Returns its tensors, in the order in which they are multiplied with something;
@@ -200,11 +202,14 @@ class Replay:
     def _until(self, group: Sequence[str], batch: Batch, states: HiddenStates | None, run: _Run) -> FloatArray | None:
         """What a group is given by one batch; None where that is nothing."""
         found: list[FloatArray] = []
+        ends = batch is not self._calibration.layout.first
+        """Of the prefix all is run: the length of the layers' caches is the position of the tokens behind it."""
 
         def take(name: str, inputs: Any, times: int) -> None:
             if name == group[0]:
                 found.append(inputs.float().cpu().numpy())
-                raise Reached
+                if ends:
+                    raise Reached
 
         with self._recorder.watching(self._layer, take):
             self._run(batch, states, run)

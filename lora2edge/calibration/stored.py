@@ -139,6 +139,18 @@ class StoredCalibration:
             )
         return path
 
+    def check_inputs(self, layer: int, width: int) -> None:
+        """Raises DataError where that file is not of rows of `width` values; the manifest has no hash of it."""
+        path = self.inputs_path(layer)
+        found, wanted = path.stat().st_size, 2 * width * self.layout.rows
+        if found != wanted:
+            raise DataError(
+                "stale-calibration",
+                f"the calibration in {self.path} cannot be used",
+                why=f"{path.name} has {found:,} bytes, not {wanted:,}: it was damaged",
+                hint=f"remove {self.path}: the next build makes it again",
+            )
+
     def layer_inputs(self, layer: int) -> Iterator[FloatArray]:
         """As contracts.Calibration has it; the samples' common prefix is in each array."""
         rows = np.memmap(self.inputs_path(layer), np.uint16, "r").reshape(self.layout.rows, -1)

@@ -32,6 +32,7 @@ _INNER = 32
 _SLAB_ELEMENTS = 1 << 24
 """Weights rounded at a time. The walk over the columns has one thread, for which long columns are cheap; slabs on a
 thread each waited for Python's lock, and two of them took longer than one."""
+_LARGEST_HALF = np.float32(65504)
 _PART_ROWS = 512
 """Rows of one product of matrices, each on a core. Fixed, so that codes do not depend on the number of cores."""
 
@@ -82,13 +83,17 @@ def corrected(weights: FloatArray, shift: NDArray[Any], factor: Factor) -> Float
 
     Least squares towards the 16-bit model's outputs W R, given the inputs X of the layers quantized so far (GPTAQ,
     https://arxiv.org/abs/2504.02692, has the same aim). `shift`: W times `Gram.mean_difference()`, `[rows, columns]`.
-    `weights` themselves where the factor is a fall-back or the correction is not finite.
+    `weights` themselves where the factor is a fall-back, and rows of them where the correction is not finite or leaves
+    the range of a half, which the scales of a grid may be stored in.
     """
     if factor.fallback:
         return weights
     with np.errstate(over="ignore", invalid="ignore"):
-        target = (weights + factor.solve(shift)).astype(np.float32)
-    return target if np.isfinite(target).all() else weights
+        target: FloatArray = (weights + factor.solve(shift)).astype(np.float32)
+        peaks = np.maximum(target.max(1), -target.min(1))
+    wild = ~(peaks <= np.maximum(np.maximum(weights.max(1), -weights.min(1)), _LARGEST_HALF))
+    target[wild] = weights[wild]
+    return target
 
 
 class _Slab:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from tests.public import (
     read_model,
     tensor_shapes,
 )
-from tests.public_table import PAGE, render, survey
+from tests.public_table import MACHINE, PAGE, render, survey
 from tests.tiny import make_data
 
 
@@ -115,6 +116,28 @@ def test_every_linear_layer_is_reached(tmp_path: Path) -> None:
     dense = sum(math.prod(shape) for key, shape in shapes.items() if ".experts." not in key)
     active = dense + (sum(math.prod(shape) for shape in shapes.values()) - dense) * 8 / 128
     assert stages["calibrate"].seconds == pytest.approx(2 * active * 32768 / 1e12)
+    _close(found)
+
+
+def test_the_disk_that_gptq_takes_on_the_way_is_told_apart(tmp_path: Path) -> None:
+    found = survey(tmp_path, "Qwen2.5-0.5B")
+    stages = {stage.target: stage for stage in found.stages if stage.stage == "lower"}
+    for name in ("gguf/q4_0", "gguf/q8_0"):
+        estimate, stage = found.estimates[name], stages[name]
+        assert stage.disk_bytes == estimate.disk_bytes + estimate.scratch_bytes
+        assert (f"{estimate.scratch_bytes / 1e6:,.1f} MB of the disk only" in stage.note) is (name == "gguf/q4_0")
+    _close(found)
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_disk_on_the_way_is_asked_for_where_there_is_text(with_text: bool, tmp_path: Path) -> None:
+    base = make_public_checkpoint(tmp_path / "base", "Qwen2.5-0.5B")
+    adapter = make_public_adapter(tmp_path / "adapter", base, "Qwen2.5-0.5B")
+    data = str(make_data(tmp_path / "data.jsonl", 4)) if with_text else None
+    recipe, targets = Recipe(base=str(base), adapter=str(adapter), data=data), [load_target("gguf/q4_0")]
+    needed = survey_build(recipe, targets, machine=MACHINE).estimates["gguf/q4_0"].disk_bytes
+    found = survey_build(recipe, targets, machine=dataclasses.replace(MACHINE, disk_bytes=needed))
+    assert any(error.code == "disk-full" for error in found.errors) is with_text
     _close(found)
 
 

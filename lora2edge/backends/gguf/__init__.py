@@ -1,4 +1,4 @@
-"""GGUF: what llama.cpp, its server and everything built on them run. Lowered in one pass, without PyTorch."""
+"""GGUF: what llama.cpp, its server and everything built on them run. Written in one pass; without GPTQ, no PyTorch."""
 
 from __future__ import annotations
 
@@ -69,8 +69,7 @@ class GgufBackend:
         tokenizer_bytes = sum(Path(path).stat().st_size for path in checkpoint.tokenizer.files.values())
         written = sum(tensor_bytes(types[tensor.name], tensor.shape) for tensor in tensors)
         gptq = None
-        if wants_gptq(decision):
-            names = gptq_names(tensors, types)
+        if wants_gptq(decision) and (names := gptq_names(tensors, types)):
             gptq = rounding_cost(checkpoint, names, target.calibration.tokens, machine)
         return Estimate(
             ram_bytes=_BASE_RAM
@@ -112,7 +111,7 @@ class GgufBackend:
             _check_tied(checkpoint, model, *model.tied_copy)
         rounded = None
         if calibration is not None and wants_gptq(decision):
-            encoder = BlockEncoder(model.tensors, types, library)
+            encoder = BlockEncoder(model.tensors, types, library, importance)
             rounded = round_layers(checkpoint, calibration, gptq_names(model.tensors, types), encoder, out, progress)
         write_model(
             out / MODEL_FILE, metadata, model.tensors, types, checkpoint, library, importance, rounded, progress

@@ -169,6 +169,11 @@ def _contradictions(target: Target, file_type: FileType, options: Options, model
         why = "the blocks' scales are fitted with the mean squares of the same inputs"
         refused("rounding is gptq and imatrix is false", why, "remove imatrix, or set rounding: llama.cpp")
     shapes = {tensor.name: tensor.shape for tensor in model.tensors}
+    if not TYPES[file_type.default].is_quantized and (options.output_tensor_type or options.token_embedding_type):
+        why = "its matrices all have one type"
+        refused(
+            f"the precision is {file_type.name.lower()}, and a tensor has a type of its own", why, "precision: q8_0"
+        )
     if options.token_embedding_type and "output.weight" not in shapes:
         why = "the embedding is the output layer in this model"
         refused("there is a token_embedding_type", why, "options: {output_tensor_type: …} sets the type of both")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora2edge.backends.gguf.blocks import GRID_TYPES, decode_rows, header_grid, replace_codes
+from lora2edge.backends.gguf.damage import dequantize
 from lora2edge.backends.gguf.mix import row_bytes
 from lora2edge.backends.gguf.write import SLAB_ELEMENTS, Quantizer, encode
 from lora2edge.checkpoint import in_order
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lora2edge.backends.gguf.blocks import Bytes
+    from lora2edge.backends.gguf.imatrix import Importance
     from lora2edge.backends.gguf.model import Planned
     from lora2edge.contracts import FloatArray
 
@@ -40,10 +42,18 @@ def gptq_names(tensors: Sequence[Planned], types: Mapping[str, str]) -> list[str
 class BlockEncoder:
     """Tensors of a checkpoint as GGUF blocks; implements `layerwise.Encoder`. Rows are in the checkpoint's order."""
 
-    def __init__(self, tensors: Sequence[Planned], types: Mapping[str, str], quantizer: Quantizer) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Planned],
+        types: Mapping[str, str],
+        quantizer: Quantizer,
+        importance: Importance | None,
+    ) -> None:
+        """`importance`: what an embedding whose codes are llama.cpp's is rounded with, where it is in it."""
         self._tensors = {tensor.source: tensor for tensor in tensors if tensor.source}
         self._embedding = next(tensor for tensor in tensors if tensor.name == _EMBEDDING)
         self._types, self._quantizer = types, quantizer
+        self._weights = importance.weights(_EMBEDDING) if importance else None
 
     def encode(self, name: str, weights: FloatArray, factor: Factor, log: RoundingLog) -> Bytes:
         tensor = self._tensors[name]
@@ -56,8 +66,8 @@ class BlockEncoder:
 
     def embedding(self, rows: FloatArray) -> FloatArray:
         type_name = self._types[_EMBEDDING]
-        data = encode(self._embedding, rows, type_name, self._quantizer, None)
-        return decode_rows(data, type_name, rows.shape[1])
+        data = encode(self._embedding, rows, type_name, self._quantizer, self._weights)
+        return dequantize(data.reshape(len(rows), -1), type_name)
 
 
 def encode_gptq(

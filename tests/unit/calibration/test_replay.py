@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,24 @@ def test_inputs_of_quantized_layers_are_those_of_a_changed_model(name: str, tmp_
     assert [path.name for path in (tmp_path / "out").glob("hidden-*")] == [f"hidden-{found.layers:04}.bin"]
 
 
+def test_learned_positions_go_on_behind_the_prefix(tmp_path: Path) -> None:
+    """What a quantized model's first layer is given has them in it."""
+    settings = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+    llama = ARCHITECTURES["llama"]
+    opt = dataclasses.replace(
+        llama, model_class="OPTForCausalLM", config_class="OPTConfig", settings={**llama.settings, **settings}
+    )
+    merged = make_model(opt, tmp_path)
+    view, texts = open_checkpoint(tmp_path), samples(12, vocab=370)
+    (tmp_path / "out").mkdir()
+    found = calibrate(view, texts, tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
+    assert found.prefix
+    with Journal(tmp_path / "out") as journal:
+        replay = Replay(view, found, feedback=journal)
+        group = replay.open(0)[0]
+        check(list(replay.inputs(group)), view, group[0], copy.deepcopy(merged), merged, found)
+
+
 def check(batches: Any, view: Any, tensor: str, changed: Any, merged: Any, found: Any, path: str = "") -> None:
     """Values against the changed model, references against the merged one."""
     path = path or view.module_names(tensor)[0].removesuffix(".weight")
@@ -124,6 +144,19 @@ def hooked(model: Any, path: str, ids: Any) -> Any:
         model(torch.tensor([ids]))
     hook.remove()
     return seen[0]
+
+
+@pytest.mark.parametrize("change", [-2, 2])
+def test_stored_inputs_of_another_size_are_refused(change: int, tmp_path: Path) -> None:
+    make_model(ARCHITECTURES["llama"], tmp_path)
+    view = open_checkpoint(tmp_path)
+    (tmp_path / "out").mkdir()
+    found = calibrate(view, samples(vocab=370), tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
+    path = found.inputs_path(found.layers)
+    os.truncate(path, path.stat().st_size + change)
+    with pytest.raises(DataError) as caught:
+        Replay(view, found)
+    assert caught.value.code == "stale-calibration"
 
 
 def test_without_stored_inputs_there_is_nothing_to_run(tmp_path: Path) -> None:

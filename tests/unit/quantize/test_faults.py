@@ -201,9 +201,15 @@ def test_feedback_that_leaves_float32_is_refused() -> None:
     assert caught.value.code == "rounding-not-finite"
 
 
-def test_a_correction_that_is_not_finite_is_not_made() -> None:
-    shift = np.full((ROWS, COLUMNS), np.inf, np.float32)
-    assert corrected(WEIGHTS, shift, factor_of(INPUTS)) is WEIGHTS
+@pytest.mark.parametrize("size", [np.inf, np.nan, 1e9])
+def test_a_correction_that_no_grid_can_hold_is_not_made(size: float) -> None:
+    """Of rows where it is not finite, or beyond what a half can scale; the others get theirs."""
+    shift = np.full((ROWS, COLUMNS), 0.01, np.float32)
+    shift[1:3] = size
+    target = corrected(WEIGHTS, shift, factor_of(INPUTS))
+    np.testing.assert_array_equal(target[1:3], WEIGHTS[1:3])
+    assert (target[0] != WEIGHTS[0]).any()
+    assert (target[3:] != WEIGHTS[3:]).any(axis=1).all()
     assert corrected(WEIGHTS, shift, factor_of(INPUTS[:0])) is WEIGHTS
 
 

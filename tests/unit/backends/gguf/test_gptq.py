@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import gguf
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
 from lora2edge.adapters import MergedCheckpoint, open_view
 from lora2edge.backends.gguf import GgufBackend
+from lora2edge.backends.gguf.rounding import BlockEncoder
 from lora2edge.calibration import StoredCalibration, calibrate
 from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
 from lora2edge.contracts import Checkpoint, CheckpointRef, Item, Machine, Sample, SessionOptions
@@ -124,6 +127,46 @@ def test_ends_in_16_bits(tied: bool, tmp_path: Path) -> None:
     assert types["blk.0.attn_q.weight"] == "Q4_0"
 
 
+def test_a_stored_copy_of_the_tied_head(tmp_path: Path) -> None:
+    """config.json ties the head and the file has it once more: the same bytes as without the copy."""
+    folder = make_checkpoint(tmp_path / "base", "llama", tied=True)
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    tensors = safetensors.torch.load_file(copied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    for name, path in {"once": folder, "twice": copied}.items():
+        view = open_checkpoint(path)
+        lower(view, tmp_path / name, "q4_0", calibrated(view, tmp_path / f"calibration-{name}"))
+    once, twice = ((tmp_path / name / "model.gguf").read_bytes() for name in ("once", "twice"))
+    assert once == twice
+
+
+def test_rows_that_no_block_divides(tmp_path: Path) -> None:
+    """Nothing is rounded, and nothing but the artifact is left."""
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=72, intermediate=136))
+    assert not GgufBackend().check(view, target("q4_0"), Machine(2, 8 << 30, 8 << 30, None)).layer_inputs
+    found = lower(view, tmp_path / "out", "q4_0", calibrated(view, tmp_path / "calibration"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "imatrix.gguf"}
+    assert found.notes["rounding"]["tensors"] == 0
+
+
+@pytest.mark.parametrize("options", [{"output_tensor_type": "iq4_xs"}, {"token_embedding_type": "iq4_nl"}], ids=str)
+def test_an_embedding_with_a_codebook(options: dict[str, str], tmp_path: Path) -> None:
+    """GPTQ cannot choose its codes, and the layers are rounded for the rows that are in the file."""
+    tied = "output_tensor_type" in options
+    view = open_checkpoint(make_even(tmp_path / "base", "llama", tied=tied))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        embedding = BlockEncoder.embedding
+        patch.setattr(BlockEncoder, "embedding", lambda *given: seen.append(embedding(*given)) or seen[-1])
+        lower(view, tmp_path / "out", "q4_k_m", calibrated(view, tmp_path / "calibration"), **options)
+    kind, values = dequantized(tmp_path / "out" / "model.gguf")["token_embd.weight"]
+    assert kind == next(iter(options.values())).upper()
+    stored = {row.tobytes() for row in values}
+    assert len(seen[0]) > 100
+    assert all(row.tobytes() in stored for row in seen[0])
+
+
 def refused(view: StoredCheckpoint, precision: str, **options: Any) -> str:
     with pytest.raises(InputError) as caught:
         GgufBackend().check(view, target(precision, **options), Machine(2, 8 << 30, 8 << 30, None))
@@ -138,6 +181,7 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     assert "imatrix" in refused(view, "q4_0", rounding="gptq", imatrix=False)
     assert "gptq, llama.cpp" in refused(view, "q4_0", rounding="nearest")
     assert "output layer" in refused(view, "q4_0", token_embedding_type="f16")
+    assert "q8_0" in refused(view, "f16", output_tensor_type="q8_0")
     assert "multiple" in refused(view, "q4_0", output_tensor_type="q6_k")
     with pytest.raises(TargetError) as caught:
         lower(view, tmp_path / "out", "q4_0", rounding="gptq")
@@ -167,6 +211,15 @@ def test_the_plan_says_whether_layer_inputs_are_kept(
     assert found.layer_inputs is wanted
     assert (found.ram_bytes > plain.ram_bytes) is (found.scratch_bytes > 0) is wanted
     assert found.disk_bytes == plain.disk_bytes
+
+
+def test_the_plan_counts_hidden_states_of_the_models_width(tmp_path: Path) -> None:
+    """Two layers' in float32 beside the rounded tensors, where the attention is narrower than the model, too."""
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen3", hidden=128, heads=2, kv_heads=1, head_dim=32))
+    machine = Machine(2, 8 << 30, 8 << 30, None)
+    found = GgufBackend().check(view, target("q4_0"), machine)
+    tokenizer = sum(Path(path).stat().st_size for path in view.tokenizer.files.values())
+    assert found.scratch_bytes == found.disk_bytes - tokenizer + 2 * 4 * 128 * 32768
 
 
 def test_without_calibration_text_llama_cpp_rounds(tmp_path: Path) -> None:

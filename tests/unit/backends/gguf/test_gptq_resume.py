@@ -114,6 +114,22 @@ def test_damaged_leftovers_are_not_gone_on_with(source: Any, tmp_path: Path) -> 
     assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
 
 
+class NoEncoder:
+    def encode(self, name: str, weights: Any, factor: Any, log: RoundingLog) -> Any:
+        raise AssertionError
+
+    decode = embedding = encode
+
+
+def test_what_is_no_matrix_is_found_at_once(source: Any, tmp_path: Path) -> None:
+    view, calibration, _ = source
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError) as caught:
+        patch.delattr(Replay, "open")
+        layerwise.round_layers(view, calibration, ["model.norm.weight"], NoEncoder(), tmp_path, SILENT)  # type: ignore[arg-type]
+    assert caught.value.code == "rounding-gap"
+    assert "model.norm.weight" in caught.value.why
+
+
 def test_a_matrix_that_never_runs_is_not_passed_over(source: Any, tmp_path: Path) -> None:
     view, calibration, _ = source
     names = ["model.layers.0.mlp.down_proj.weight"]
@@ -121,12 +137,6 @@ def test_a_matrix_that_never_runs_is_not_passed_over(source: Any, tmp_path: Path
     class Silent(Replay):
         def open(self, layer: int) -> list[list[str]]:
             return [group for group in super().open(layer) if group != names]
-
-    class NoEncoder:
-        def encode(self, name: str, weights: Any, factor: Any, log: RoundingLog) -> Any:
-            raise AssertionError
-
-        decode = embedding = encode
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError) as caught:
         patch.setattr(layerwise, "Replay", Silent)
