@@ -119,7 +119,7 @@ def test_learned_positions_go_on_behind_the_prefix(tmp_path: Path) -> None:
     found = calibrate(view, texts, tmp_path / "out", SILENT, device="cpu", threads=1, layer_inputs=True)
     assert found.prefix
     with Journal(tmp_path / "out") as journal:
-        replay = Replay(view, found, feedback=journal)
+        replay = Replay(view, found, tmp_path, feedback=journal)
         group = replay.open(0)[0]
         check(list(replay.inputs(group)), view, group[0], copy.deepcopy(merged), merged, found)
 
@@ -155,7 +155,7 @@ def test_stored_inputs_of_another_size_are_refused(change: int, tmp_path: Path) 
     path = found.inputs_path(found.layers)
     os.truncate(path, path.stat().st_size + change)
     with pytest.raises(DataError) as caught:
-        Replay(view, found)
+        Replay(view, found, tmp_path)
     assert caught.value.code == "stale-calibration"
 
 

@@ -214,12 +214,13 @@ def test_the_plan_says_whether_layer_inputs_are_kept(
 
 
 def test_the_plan_counts_hidden_states_of_the_models_width(tmp_path: Path) -> None:
-    """Two layers' in float32 beside the rounded tensors, where the attention is narrower than the model, too."""
+    """Two layers' and a layer's inputs, in float32, beside the rounded tensors; the attention may be narrower."""
     view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen3", hidden=128, heads=2, kv_heads=1, head_dim=32))
     machine = Machine(2, 8 << 30, 8 << 30, None)
     found = GgufBackend().check(view, target("q4_0"), machine)
     tokenizer = sum(Path(path).stat().st_size for path in view.tokenizer.files.values())
-    assert found.scratch_bytes == found.disk_bytes - tokenizer + 2 * 4 * 128 * 32768
+    widest = view.tensors["model.layers.0.mlp.down_proj.weight"].shape[1]
+    assert found.scratch_bytes == found.disk_bytes - tokenizer + 4 * 32768 * (5 * 128 + widest)
 
 
 def test_without_calibration_text_llama_cpp_rounds(tmp_path: Path) -> None:
