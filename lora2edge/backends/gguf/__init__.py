@@ -48,6 +48,7 @@ _OTHER_WEIGHTS_PER_SECOND = 120e6
 _BASE_RAM = 140 << 20
 _RAM_PER_TOKENIZER_BYTE = 18
 _SLABS_PER_CORE = 6
+_GPTQ_NOTE = "GPTQ takes nearly all of this time and memory, where there is calibration text"
 _THREADS_PER_CORE = 2
 """At most: slabs are computed on all logical cores, the plan knows the physical ones."""
 
@@ -81,7 +82,7 @@ class GgufBackend:
             seconds=seconds / max(1, machine.cores) + (gptq.seconds if gptq else 0.0),
             max_length=decision.model.context_length,
             layer_inputs=gptq is not None,
-            notes=(*decision.notes, *fallback_note(decision, types)),
+            notes=(*decision.notes, *fallback_note(decision, types), *([_GPTQ_NOTE] if gptq else [])),
         )
 
     def lower(
