@@ -76,18 +76,20 @@ def run(command: list[str], kill_after: float | None = None, *, alone: bool = Fa
 def kill_and_repeat(command: list[str], scratch: Path, final: Path, kills: int) -> dict[str, Any]:
     """One kind of work, undisturbed once and then killed `kills` times; every kill begins with nothing there."""
     shutil.rmtree(scratch, ignore_errors=True)
+    cache = scratch.with_name("cache")
     _, whole_s = run(command)
     whole = hashes(final)
     assert whole, f"{final} was not written"
     runs: list[dict[str, Any]] = []
     while len(runs) < kills:
         shutil.rmtree(scratch)
+        shutil.rmtree(cache, ignore_errors=True)
         moment, alone = random.uniform(0, whole_s), random.random() < 0.3
         status, _ = run(command, moment, alone=alone)
         if not status:  # faster than the undisturbed run: it was over
             continue
         found = hashes(final)
-        work = [*final.parent.glob(".*.resume"), *scratch.glob("cache/*/*.resume")]
+        work = [*final.parent.glob(".*.resume"), *cache.glob("*/*.resume")]
         kept = sum(mark.size for path in work for mark in read_marks(path / FILES).values())
         there = sum(file.stat().st_size for path in work for file in path.glob(f"{FILES}/*"))
         _, again_s = run(command)
@@ -138,7 +140,7 @@ def main() -> None:
         merge = [*lora2edge, "merge", *model, "--out", str(scratch / "merged")]
         lower = [*lora2edge, "lower", *model, "--target", arguments.target, "--out", str(scratch)]
         if arguments.data:
-            lower = ["env", f"LORA2EDGE_CACHE={scratch / 'cache'}", *lower, "--data", str(arguments.data)]
+            lower = ["env", f"LORA2EDGE_CACHE={scratch.with_name('cache')}", *lower, "--data", str(arguments.data)]
         summary = {arguments.target: kill_and_repeat(lower, scratch, final, arguments.kills)}
         if not arguments.data:
             summary["merge"] = kill_and_repeat(merge, scratch, scratch / "merged", arguments.kills)
