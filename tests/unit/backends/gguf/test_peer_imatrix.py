@@ -49,7 +49,7 @@ def test_the_importance_matrix_is_that_of_llama_imatrix(arch: str, tmp_path: Pat
     (tmp_path / "calibration").mkdir()
     texts = [Sample(tuple(chunk), 1, ITEM) for chunk in chunks]
     ours = calibrate(view, texts, tmp_path / "calibration", SILENT, device="cpu", threads=1)
-    lower(view, tmp_path / "out", "q4_k_m", ours)
+    lower(view, tmp_path / "out", "q4_k_m", ours, rounding="llama.cpp")
     found, expected = read(tmp_path / "out" / IMATRIX_FILE), read(tmp_path / "peer.gguf")
     assert len(expected) > 6 * WIDE["layers"] or arch == "phi3"
     assert set(expected) <= set(found)
