@@ -120,10 +120,13 @@ class Journal:
         """Whether anybody will want to go on from here."""
         return self._handle is not None
 
-    def is_whole(self, name: str, size: int) -> bool:
-        """Whether the file was finished with `size` bytes, and still holds what was written."""
+    def is_whole(self, name: str, size: int | None = None) -> bool:
+        """Whether the file was finished, with `size` bytes where that is known, and still holds what was written."""
         mark, path = self.marks.get(name), self.folder / name
-        if mark is None or not mark.whole or not path.is_file() or not path.stat().st_size == mark.size == size:
+        if mark is None or not mark.whole or size not in {None, mark.size}:
+            return False
+        size = mark.size
+        if not path.is_file() or path.stat().st_size != size:
             return False
         with path.open("rb", buffering=0) as file:
             return _hash_first(file.fileno(), size).hexdigest() == mark.sha256

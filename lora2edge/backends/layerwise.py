@@ -214,9 +214,8 @@ class _Work:
 
     def finished(self, order: list[int]) -> set[int]:
         """Units that an earlier run finished."""
-        whole = {
-            unit for unit in order if self._is_whole(_file_name(unit)) and self._is_whole(_log_name(_file_name(unit)))
-        }
+        is_whole = self._journal.is_whole
+        whole = {unit for unit in order if is_whole(_file_name(unit)) and is_whole(_log_name(_file_name(unit)))}
         if whole == set(order) or not self._replay.has_feedback:
             return whole
         passed = self._replay.finished()  # what the next layer is given has to be there as well
@@ -312,11 +311,7 @@ class _Work:
         (name,) = self.names_of(self._replay.count)
         places, _ = _read_log(self._journal.folder / _log_name(_file_name(self._replay.count)))
         stored = RoundedTensors(self._journal.folder, (), places, RoundingLog())
-        return np.concatenate([self._encoder.decode(name, stored.rows(name, row, row + 1)) for row in ids.tolist()])
-
-    def _is_whole(self, name: str) -> bool:
-        mark = self._journal.marks.get(name)
-        return mark is not None and self._journal.is_whole(name, mark.size)
+        return self._encoder.decode(name, np.concatenate([stored.rows(name, row, row + 1) for row in ids.tolist()]))
 
 
 def _refuse_gap(missed: Collection[str]) -> None:

@@ -93,10 +93,8 @@ class Replay:
     def finished(self) -> int:
         """Of how many layers the quantized outputs are on the disk."""
         assert self._feedback
-        marks = self._feedback.marks
-        known = [layer for layer in range(1, self.count + 1) if hidden_name(layer) in marks]
-        whole = (n for n in reversed(known) if self._feedback.is_whole(hidden_name(n), marks[hidden_name(n)].size))
-        return next(whole, 0)
+        layers = range(self.count, 0, -1)
+        return next((layer for layer in layers if self._feedback.is_whole(hidden_name(layer))), 0)
 
     def change_embedding(self, change: Change) -> None:
         """Gives the quantized model its embedding. `change(ids, rows)`: rows of the merged one for the ids that occur,

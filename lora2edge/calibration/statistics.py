@@ -92,11 +92,7 @@ def _give_back() -> None:
 
 def _finished(journal: Journal, count: int, layer_inputs: bool) -> int:
     """How many layers need not be run again."""
-
-    def is_whole(name: str) -> bool:
-        return name in journal.marks and journal.is_whole(name, journal.marks[name].size)
-
-    done = 0
+    is_whole, done = journal.is_whole, 0
     while done < count and is_whole(stats_name(done)) and (not layer_inputs or is_whole(inputs_name(done))):
         done += 1
     return done if done in {0, count} or is_whole(hidden_name(done)) else 0

@@ -93,8 +93,8 @@ class RoundingLog:
         scarce = sum(entry.scarce and entry.fallback is None for entry in entries)
         if scarce:
             lines.append(
-                f"{scarce} of {len(entries)} tensors have more input channels than there were calibration tokens: "
-                "with more text they would be rounded better"
+                f"{scarce} of {len(entries)} tensors have as many input channels as there were calibration "
+                "tokens, or more: with more text they would be rounded better"
             )
         dropped = [entry for entry in entries if entry.dropped_tokens]
         if dropped:

@@ -230,7 +230,7 @@ def test_few_tokens_are_damped_more(rows: int, damping: float) -> None:
     _, log = check(result)
     assert result.damping == pytest.approx(damping)
     assert result.scarce is (rows <= COLUMNS)
-    assert ["more input channels" in note for note in log.notes()] == [True] * result.scarce
+    assert ["as many input channels" in note for note in log.notes()] == [True] * result.scarce
 
 
 def test_repetitions_are_no_more_text() -> None:
