@@ -427,6 +427,39 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text, or a pair of texts, as a classifier takes it."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] = ()
+    """Segment ids (`token_type_ids`), one for each id; empty: all are 0."""
+
+
+class Classifier(Protocol):
+    """An opened artifact, or the baseline, where the task is a classification."""
+
+    @property
+    def facts(self) -> SessionFacts: ...
+    @property
+    def labels(self) -> Sequence[str]:
+        """Names of the classes, in the order of the logits."""
+        ...
+
+    def encode(self, text: str, pair: str | None = None) -> Encoded:
+        """Token ids with the special tokens that the model was trained with: the runtime's own tokenizer."""
+        ...
+
+    def classify(self, batch: Sequence[Encoded]) -> list[FloatArray]:
+        """For each text, in order, float32 logits: `[labels]`, or `[tokens, labels]` where tokens are classified.
+
+        The batch runs at once, padded on the right; which texts are in it changes a logit by rounding only.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
 class Backend(Protocol):
     """Lowers a checkpoint to one runtime's format and opens the result."""
 
@@ -452,8 +485,8 @@ class Backend(Protocol):
         """
         ...
 
-    def open(self, path: Path, target: Target, options: SessionOptions) -> Session:
-        """Opens the files that `lower` wrote."""
+    def open(self, path: Path, target: Target, options: SessionOptions) -> Session | Classifier:
+        """Opens the files that `lower` wrote: a Classifier where the checkpoint's task is a classification."""
         ...
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:

@@ -1,7 +1,7 @@
 """Base checkpoints as they lie on disk: header, weights by rows, config, tokenizer files. No torch, no mmap."""
 
 from lora2edge.checkpoint.blas import one_blas_thread
-from lora2edge.checkpoint.floats import FLOAT_DTYPES, all_finite, decode, encode_finite, encode_rows
+from lora2edge.checkpoint.floats import FLOAT_DTYPES, all_finite, decode, encode_finite, encode_rows, not_finite
 from lora2edge.checkpoint.header import Header, StoredTensor, read_header
 from lora2edge.checkpoint.modules import ExpertPlace, expert_place
 from lora2edge.checkpoint.quantized import BnbSettings, RequantizedCheckpoint, linear_names, requantized
@@ -52,6 +52,7 @@ __all__ = [
     "linear_names",
     "merge_tokenizer_files",
     "missing_source",
+    "not_finite",
     "one_blas_thread",
     "open_checkpoint",
     "read_ahead",

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora2edge.errors import CheckpointError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -59,6 +61,16 @@ def all_finite(raw: NDArray[np.uint8], dtype: str) -> bool:
     negative = infinity | 1 << 8 * width - 1
     words = raw.view(f"<i{width}")
     return bool(words.max(initial=0) < infinity and words.view(f"<u{width}").max(initial=0) < negative)
+
+
+def not_finite(name: str) -> CheckpointError:
+    """The error for a computed tensor that holds NaN or infinity: no backend writes it."""
+    return CheckpointError(
+        "weight-not-finite",
+        f"{name} holds NaN or infinity when it is merged",
+        why="the base holds it, or the merge leaves the range of its dtype, or divides by zero (DoRA: a row of zeros)",
+        hint="download the base again; where it is sound, train without this module, or with a smaller scale",
+    )
 
 
 def _round_bfloat16(rows: FloatArray) -> tuple[NDArray[np.uint16], bool]:

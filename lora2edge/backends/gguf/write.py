@@ -21,8 +21,7 @@ from lora2edge.backends.gguf.container import Metadata, padding, tensor_bytes, w
 from lora2edge.backends.gguf.imatrix import Importance
 from lora2edge.backends.gguf.mix import TYPES, row_bytes
 from lora2edge.backends.gguf.model import Planned
-from lora2edge.backends.slabs import not_finite
-from lora2edge.checkpoint import in_order
+from lora2edge.checkpoint import in_order, not_finite
 from lora2edge.contracts import Checkpoint, Progress
 from lora2edge.errors import CheckpointError
 from lora2edge.journal import GrowingFile, Journal

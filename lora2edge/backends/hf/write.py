@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora2edge.adapters import MergedCheckpoint, written_config
-from lora2edge.backends.slabs import not_finite
-from lora2edge.checkpoint import FLOAT_DTYPES, all_finite, encode_finite, in_order, read_ahead, window_bytes
+from lora2edge.checkpoint import FLOAT_DTYPES, all_finite, encode_finite, in_order, not_finite, read_ahead, window_bytes
 from lora2edge.contracts import Checkpoint, Progress, StoredBytes, TensorInfo
 from lora2edge.errors import CheckpointError
 from lora2edge.journal import STAGED_BYTES, GrowingFile, Journal
