@@ -40,7 +40,7 @@ class Target(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)*$")
     """Its key in reports."""
     description: str = ""
-    backend: Literal["gguf", "hf"]
+    backend: Literal["gguf", "hf", "onnxruntime"]
     precision: str
     """In the backend's own words, e.g. `q4_k_m`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -100,4 +100,4 @@ def _beside(path: Path, scenario: Any) -> Any:
     return scenario
 
 
-_DEFAULTS = {"gguf": "gguf/q4_k_m", "hf": "hf/merged"}
+_DEFAULTS = {"gguf": "gguf/q4_k_m", "hf": "hf/merged", "onnxruntime": "onnxruntime/cpu-int4"}

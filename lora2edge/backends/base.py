@@ -10,6 +10,7 @@ from lora2edge.errors import TargetError
 _TABLE = {
     "gguf": "lora2edge.backends.gguf:GgufBackend",
     "hf": "lora2edge.backends.hf:HfBackend",
+    "onnxruntime": "lora2edge.backends.onnxruntime:OnnxRuntimeBackend",
 }
 
 

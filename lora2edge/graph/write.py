@@ -5,6 +5,7 @@ Memory is bounded by the slabs in flight, and by one matrix of int8 where it is 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ SLAB_ELEMENTS = 1 << 19
 """Of one job."""
 IR_VERSION = 10
 PRODUCER = "lora2edge"
+SOURCES = "lora2edge.sources"
+"""Key of the model's metadata that says where each matrix comes from, as JSON (`_sources`)."""
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -147,7 +150,18 @@ def onnx_model(graph: Graph, data: str) -> Any:
     ]
     opsets = [helper.make_opsetid("", graph.opset), *(helper.make_opsetid(name, 1) for name in sorted(graph.domains))]
     proto = helper.make_graph(nodes, graph.name, inputs, outputs, initializers)
-    return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name=PRODUCER)
+    model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name=PRODUCER)
+    helper.set_model_props(model, {SOURCES: json.dumps(_sources(graph), separators=(",", ":"))})
+    return model
+
+
+def _sources(graph: Graph) -> dict[str, list[tuple[str, int, int]]]:
+    """Initializer (of a matrix of integers its codes) → the rows of the checkpoint that it holds, in order."""
+    return {
+        _first(entry).name: [(part.tensor, part.start, part.stop) for part in entry.parts if part.tensor]
+        for entry in graph.entries
+        if not isinstance(entry, Table) and len(_first(entry).shape) > 1
+    }
 
 
 def _attributes(attributes: Mapping[str, Any], kinds: Mapping[str, int]) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""A target's precision and options for this backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lora2edge.errors import InputError, TargetError, UnsupportedError, refuse
+from lora2edge.graph.builder import BlockFormat, ChannelFormat, FloatFormat, FloatType, Format
+from lora2edge.target import Target
+from lora2edge.yamlfile import validate
+
+Bits = Literal[4, 8, 16, 32]
+
+_ON_CPU = {
+    "fp16": "ONNX Runtime's CPU kernels compute MatMul, Add and the activations in float32, with a cast before and "
+    "after each: slower than fp32",
+    "bf16": "ONNX Runtime's CPU provider has no MatMul, Add or attention in bfloat16",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What a precision's name stands for."""
+
+    form: Literal["float", "block", "channel"]
+    bits: int
+    float_type: FloatType = "float32"
+    is_static: bool = False
+    """Whether the ranges of activations are taken from calibration text; else each call finds its own."""
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "fp32": Precision("float", 32),
+    "fp16": Precision("float", 16, "float16"),
+    "bf16": Precision("float", 16, "bfloat16"),
+    "int8": Precision("block", 8),
+    "int8-dynamic": Precision("channel", 8),
+    "int8-static": Precision("channel", 8, is_static=True),
+    "int4": Precision("block", 4),
+}
+
+
+class Options(BaseModel):
+    """The keys of `options`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block: Literal[16, 32, 64, 128, 256] = 128
+    """Columns that share a scale."""
+    rounding: Literal["gptq", "nearest"] | None = None
+    """None: GPTQ where there are 4-bit weights of a decoder and calibration text."""
+    head_bits: Bits | None = None
+    """Of the output layer of a decoder; 16 and 32: not quantized. None: 8 at int4, else the precision's."""
+    embedding_bits: Bits | None = None
+    """Of an embedding that is not the output layer; None: 8 at int4, else as the output layer."""
+    overrides: dict[str, Bits] = Field(default_factory=dict)
+    """Tensor name, or a pattern with `*`, → bits; the last that fits counts. 16 and 32: not quantized."""
+    accuracy_level: Literal[0, 1, 4] = 4
+    """Of MatMulNBits: 4 multiplies with activations in int8, 1 in float32."""
+    percentile: float = Field(default=100.0, gt=50.0, le=100.0)
+    """int8-static: how much of the activations a range covers."""
+    exporter: Literal["auto", "lora2edge", "genai", "optimum"] = "auto"
+    """Who writes the graph. `auto`: ours; for an architecture that it does not know, onnxruntime-genai's builder."""
+
+
+def read_options(target: Target) -> tuple[Precision, Options]:
+    """Precision and options of the target. Raises every TargetError and UnsupportedError at once."""
+    errors: list[InputError] = []
+    precision = PRECISIONS.get(target.precision)
+    options = None
+    if precision is None:
+        known = ", ".join(PRECISIONS)
+        errors.append(
+            TargetError(
+                "onnx-precision", f"{target.name} has the precision {target.precision!r}", why=f"known: {known}"
+            )
+        )
+    elif target.device != "cuda" and target.precision in _ON_CPU:
+        errors.append(
+            UnsupportedError(
+                "onnx-cpu-precision",
+                f"{target.name} asks for {target.precision} on the CPU",
+                why=_ON_CPU[target.precision],
+                hint="`device: cuda`, or `precision: fp32`; `int8` is half of 16 bits, and loses as little",
+            )
+        )
+    try:
+        options = validate(Options, target.options, f"options of {target.name}", "onnx-option")
+    except TargetError as error:
+        errors.append(error)
+    if precision and options and options.rounding == "gptq" and precision.form != "block":
+        errors.append(
+            TargetError(
+                "onnx-option",
+                f"rounding is gptq and the precision {target.precision} in {target.name}",
+                why="GPTQ chooses codes of weights that are stored in blocks",
+                hint="precision: int4",
+            )
+        )
+    refuse(errors)
+    assert precision and options
+    return precision, options
+
+
+def choose_format(name: str, role: str, precision: Precision, options: Options) -> Format:
+    """How the matrix of tensor `name` is stored. `role`: what it does, as the model's description says."""
+    bits = precision.bits
+    if role in {"head", "embedding"}:
+        head = options.head_bits or (8 if precision.form != "float" else precision.bits)
+        bits = head if role == "head" else options.embedding_bits or head
+    named = [value for pattern, value in options.overrides.items() if fnmatchcase(name, pattern)]
+    bits = named[-1] if named else bits
+    if bits >= 16:
+        wide = precision.float_type if precision.float_type != "float32" else "float32" if bits == 32 else "float16"
+        return FloatFormat(wide)
+    if precision.form == "channel" and role not in {"head", "embedding"} and bits == 8:
+        return ChannelFormat()
+    return BlockFormat(4 if bits == 4 else 8, options.block)
