@@ -27,21 +27,16 @@ from typing import Any
 
 import numpy as np
 from measure import write_results
+from quality import Measured
 
 from lora2edge.backends.gguf import MODEL_FILE
 from lora2edge.backends.gguf.container import read_header
 from lora2edge.backends.gguf.model import plan_model
 from lora2edge.backends.gguf.session import GgufSession, open_session
-from lora2edge.cache import Cache
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.pipeline import Finished, Pipeline
-from lora2edge.plan import ANSWER_TOKENS, load_all_texts, plan_build
-from lora2edge.progress import SILENT
-from lora2edge.quality import open_reference
-from lora2edge.quality.divergence import Divergence, compare, log_softmax
-from lora2edge.quality.gain import Estimate, estimate, gain_kept, percentile_estimate
-from lora2edge.quality.reference import Reference, inputs_of
-from lora2edge.recipe import DataFiles, Recipe
+from lora2edge.plan import ANSWER_TOKENS
+from lora2edge.quality.divergence import Divergence, log_softmax
+from lora2edge.recipe import DataFiles
 from lora2edge.target import Target
 
 TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k")
@@ -78,32 +73,17 @@ class Setting:
         _run(command)
 
 
-class Bench:
-    """One model with its texts and baseline."""
+class Bench(Measured):
+    """One model, and llama.cpp's tools."""
 
     def __init__(self, arguments: argparse.Namespace, settings: Sequence[Setting]) -> None:
-        self.tools, self.work, self.threads = arguments.tools, arguments.work, arguments.threads
+        self.tools: Path = arguments.tools
         self.as_run_only: bool = arguments.as_run_only
-        self.merged_target = Target(name="merged-f32", backend="gguf", precision="f32")
-        recipe = Recipe(
-            base=str(arguments.base),
-            adapter=str(arguments.adapter),
-            data=DataFiles(calibration=str(arguments.calibration), test=str(arguments.test)),
-            threads=self.threads,
-        )
+        merged = Target(name="merged-f32", backend="gguf", precision="f32")
+        data = DataFiles(calibration=str(arguments.calibration), test=str(arguments.test))
         targets = [setting.target(rounding) for setting in settings for rounding in ("gptq", "llama.cpp")]
-        self.plan = plan_build(recipe, [self.merged_target, *targets])
-        self.texts = load_all_texts(self.plan)
-        self.pipeline = Pipeline(self.plan, Cache(self.work / "cache"), SILENT)
-        self.calibration = self.pipeline.calibrate(self.texts)
-        recorded = self.pipeline.record_baseline(self.texts)
-        self.reference: Reference = open_reference(recorded.path)
-        self.gain = recorded.result["gain"]
-        self.base_nll = np.array(self.reference.base_nll, np.float64)
-        self.merged = self.lower(self.merged_target).path / MODEL_FILE
-
-    def lower(self, target: Target) -> Finished:
-        return self.pipeline.lower(target, self.calibration, self.work / target.folder)
+        super().__init__(arguments.base, arguments.adapter, data, [merged, *targets], arguments.work, arguments.threads)
+        self.merged = self.lower(merged).path / MODEL_FILE
 
     def open(self, path: Path) -> GgufSession:
         longest = max(CHUNK, *(len(sample.ids) for sample in self.texts.test)) + ANSWER_TOKENS
@@ -119,42 +99,7 @@ class Bench:
             finally:
                 wide.unlink()
         with self.open(path) as session:
-            ids, keep = inputs_of(self.reference.samples)
-            return compare(self.reference.all_logits(), session.logits(ids, keep), self.reference.samples)
-
-    def figures(self, found: Divergence) -> dict[str, Any]:
-        """What reports state of a file, with intervals."""
-        count = found.count.astype(np.float64)
-        kept, reason = gain_kept(self.base_nll, found, seed=0)
-        intervals: dict[str, Estimate | None] = {
-            "kl_mean": estimate(lambda kl, count: kl / count, {"kl": found.kl, "count": count}, 0),
-            "kl_p99": percentile_estimate(found, 99, 0),
-            "flips": estimate(lambda flips, count: flips / count, {"flips": found.flips, "count": count}, 0),
-            "ppl": estimate(lambda nll, count: np.exp(nll / count), {"nll": found.nll_artifact, "count": count}, 0),
-            "gain_kept": kept,
-        }
-        stated = {name: value.to_json() if value else None for name, value in intervals.items()}
-        return {**stated, "gain_kept_reason": reason}
-
-    def compared(self, ours: Divergence, peer: Divergence) -> dict[str, Any]:
-        """Ours against the peer's, sample by sample."""
-        count = ours.count.astype(np.float64)
-        pairs = {
-            "kl_ratio": estimate(lambda ours, peer: ours / peer, {"ours": ours.kl, "peer": peer.kl}, 0),
-            "flips_difference": estimate(
-                lambda more, count: more / count, {"more": ours.flips - peer.flips, "count": count}, 0
-            ),
-            "gain_kept_difference": estimate(
-                lambda less, base, tuned: less / (base - tuned),
-                {
-                    "less": peer.nll_artifact - ours.nll_artifact,
-                    "base": self.base_nll,
-                    "tuned": ours.nll_reference,
-                },
-                0,
-            ),
-        }
-        return {name: value.to_json() for name, value in pairs.items()}
+            return self.divergence(session)
 
     def run(self, setting: Setting) -> dict[str, Any]:
         """Builds the three files of a setting and compares them."""
@@ -270,7 +215,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not shutil.which(str(arguments.tools / "llama-quantize")):
         parser.error(f"{arguments.tools} holds no llama-quantize: benchmarks/build_peers.sh makes it")
-    arguments.work.mkdir(parents=True, exist_ok=True)
     base = open_checkpoint(arguments.base)
     tied = all(tensor.name != "output.weight" for tensor in plan_model(base.config, base.tensors).tensors)
     settings = [Setting(precision, ends, tied) for ends in arguments.ends for precision in arguments.types]

