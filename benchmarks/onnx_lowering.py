@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/onnx_lowering.py MODEL [--rounds 3] [--alone] [--results FILE]
 
-MODEL is a folder of make_checkpoint.py. Both sides round to nearest in blocks of 128, output layer too, so that the same
-work is compared; the builder gets the checkpoint already merged, which costs it nothing here. With --alone only ours is
+MODEL is a folder of make_checkpoint.py. Both sides round to nearest in blocks of 128, output layer too, so that it is
+the same work; the builder gets the checkpoint already merged, which costs it nothing here. With --alone only ours is
 run. Calibration and GPTQ are in rounding_costs.py.
 """
 
