@@ -247,9 +247,8 @@ def main() -> None:
             f" [{told[what]['ours_to_it']['low']:.2f}, {told[what]['ours_to_it']['high']:.2f}]"
             for what in told
         ), flush=True)  # fmt: skip
-    print(
-        f"{touched / 1e6:.0f} MB a token, roof {roof:.1f}/s, median step at {result['share_of_roof']['median_step']:.0%}"
-    )
+    share = result["share_of_roof"]["median_step"]
+    print(f"{touched / 1e6:.0f} MB a token, roof {roof:.1f}/s, median step at {share:.0%}")
     if arguments.results:
         write_results(arguments.results, result)
 
