@@ -25,7 +25,7 @@ from lora2edge.checkpoint.tokenizer import (
     tokenizer_files,
     vocabulary_size,
 )
-from lora2edge.checkpoint.tying import says_tied
+from lora2edge.checkpoint.tying import check_tied, says_tied
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -40,6 +40,7 @@ __all__ = [
     "StoredTensor",
     "TensorReader",
     "all_finite",
+    "check_tied",
     "check_vocabulary",
     "cores",
     "decode",

@@ -1,9 +1,15 @@
-"""Whether embedding and output head are one weight by the configuration, where config.json leaves it to the class."""
+"""Whether embedding and output head are one weight: by the configuration, and by what is stored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from lora2edge.checkpoint.slabs import in_order
+from lora2edge.contracts import Checkpoint
+from lora2edge.errors import CheckpointError
+
+_SLAB_ELEMENTS = 1 << 20
 
 TIED = frozenset({
     "bloom", "cohere", "cohere2", "ernie4_5", "falcon", "falcon_mamba", "gemma", "gemma2", "gemma3_text",
@@ -25,3 +31,21 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
         return config["tie_word_embeddings"] is True
     kind = config.get("model_type")
     return True if kind in TIED else False if kind in UNTIED else None
+
+
+def check_tied(checkpoint: Checkpoint, head: str, embedding: str) -> None:
+    """Compares a stored copy of a tied head, which will be left out, with the embedding. Raises CheckpointError."""
+    rows, columns = checkpoint.tensors[embedding].shape
+    step = max(1, _SLAB_ELEMENTS // columns)
+
+    def differs(start: int) -> bool:
+        stop = min(start + step, rows)
+        return bool((checkpoint.rows(head, start, stop) != checkpoint.rows(embedding, start, stop)).any())
+
+    if any(found for _, found in in_order(differs, range(0, rows, step))):
+        raise CheckpointError(
+            "tied-head",
+            f"{head} differs from {embedding}, and config.json ties them",
+            why="one of them would be lost",
+            hint='set "tie_word_embeddings": false in config.json where the head was trained on its own',
+        )

@@ -20,10 +20,11 @@ from lora2edge.backends.gguf.decide import (
     wants_imatrix,
 )
 from lora2edge.backends.gguf.imatrix import read_importance, write_imatrix
-from lora2edge.backends.gguf.model import ModelPlan, plan_model
+from lora2edge.backends.gguf.model import plan_model
 from lora2edge.backends.gguf.rounding import BlockEncoder, gptq_names
-from lora2edge.backends.gguf.write import SLAB_ELEMENTS, slabs, write_model
+from lora2edge.backends.gguf.write import SLAB_ELEMENTS, write_model
 from lora2edge.backends.layerwise import round_layers, rounding_cost
+from lora2edge.checkpoint import check_tied
 from lora2edge.contracts import (
     BackendHealth,
     Calibration,
@@ -36,7 +37,7 @@ from lora2edge.contracts import (
     SessionOptions,
     TensorDamage,
 )
-from lora2edge.errors import CheckpointError, Lora2EdgeError, TargetError
+from lora2edge.errors import Lora2EdgeError, TargetError
 from lora2edge.target import Target
 
 MODEL_FILE = "model.gguf"
@@ -109,7 +110,7 @@ class GgufBackend:
         library = load_library(decision.options.library)
         parity = _compare_tokenizers(checkpoint, decision, metadata, calibration, out)
         if model.tied_copy:
-            _check_tied(checkpoint, model, *model.tied_copy)
+            check_tied(checkpoint, *model.tied_copy)
         rounded = None
         if calibration is not None and wants_gptq(decision):
             encoder = BlockEncoder(model.tensors, types, library, importance)
@@ -192,16 +193,3 @@ def _compare_tokenizers(
         )
     finally:
         header.unlink()
-
-
-def _check_tied(checkpoint: Checkpoint, model: ModelPlan, head: str, embedding: str) -> None:
-    """A stored copy of the tied head is left out: it must be one."""
-    tensor = next(tensor for tensor in model.tensors if tensor.source == embedding)
-    for slab in slabs(tensor):
-        if (checkpoint.rows(head, slab.start, slab.stop) != checkpoint.rows(embedding, slab.start, slab.stop)).any():
-            raise CheckpointError(
-                "tied-head",
-                f"{head} differs from {embedding}, and config.json ties them",
-                why="one of them would be lost",
-                hint='set "tie_word_embeddings": false in config.json where the head was trained on its own',
-            )

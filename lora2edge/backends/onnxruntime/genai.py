@@ -26,7 +26,7 @@ def write_genai_config(checkpoint: Checkpoint, decoder: Decoder, folder: Path, m
     model = {
         "type": str(checkpoint.config["model_type"]),
         "context_length": decoder.context_length,
-        "vocab_size": decoder.vocabulary,
+        "vocab_size": decoder.vocab_rows,
         **ids,
         "decoder": {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
