@@ -63,6 +63,7 @@ class _Writer:
         self._accuracy_level = accuracy_level
         self._graph = GraphBuilder(encoder.family, opset=OPSET, float_type=float_type)
         self._bytes: dict[tuple[str, ActivationRange | None], tuple[str, str, str]] = {}
+        self._constants: dict[str, str] = {}
 
     def write(self) -> Graph:
         graph, encoder = self._graph, self._encoder
@@ -178,16 +179,52 @@ class _Writer:
         return graph.op("Add", *terms) if len(terms) > 1 else terms[0]
 
     def _position_scores(self, content: str, linear: Linear, distances: str) -> str:
-        """Scaled products of each token's content with the positions at `distances`."""
+        """Scaled products of each token's content with the positions at `distances`.
+
+        The positions are made of weights alone. With standard operators only, ONNX Runtime computes them once, when it
+        loads the model; it folds no operator of its own.
+        """
         graph = self._graph
         shape = self._numbers(0, 0, self._encoder.heads, -1)
         split = graph.op("Transpose", graph.op("Reshape", content, shape), perm=[0, 2, 1, 3])
-        # Made of weights alone, so that ONNX Runtime computes it once, when it loads the model.
-        positions = self._biased(self._relative_embeddings, linear, is_constant=True)
+        positions = graph.op("MatMul", self._relative_embeddings, self._constant_matrix(linear))
+        if linear.bias:
+            positions = graph.op("Add", positions, self._bias(linear))
         positions = graph.op("Reshape", positions, self._numbers(0, self._encoder.heads, -1))
         positions = graph.op("Transpose", positions, perm=[1, 0, 2])
         positions = graph.op("Gather", positions, distances, axis=1)
         return graph.contrib("FusedMatMul", split, positions, transB=1, alpha=self._encoder.scale)
+
+    def _constant_matrix(self, linear: Linear) -> str:
+        """The weight as floats, `[columns, rows]`, of standard operators."""
+        graph = self._graph
+        if linear.name not in self._constants:
+            form = self._formats.get(linear.name, FloatFormat(graph.float_type))
+            if isinstance(form, FloatFormat):
+                matrix = graph.op("Transpose", self._weight(linear, form), perm=[1, 0])
+            elif isinstance(form, ChannelFormat):
+                codes, scales = graph.matrix(linear.name, self._whole(linear), linear.columns, form)
+                matrix = graph.op("Mul", graph.op("Cast", codes, to="float32"), scales)
+            else:
+                matrix = graph.op("Transpose", self._blocks(linear, form), perm=[1, 0])
+            self._constants[linear.name] = matrix
+        return self._constants[linear.name]
+
+    def _blocks(self, linear: Linear, form: BlockFormat) -> str:
+        """A matrix of MatMulNBits as floats, `[rows, columns]`."""
+        graph, kind = self._graph, self._graph.float_type
+        codes, scales = graph.matrix(linear.name, self._whole(linear), linear.columns, form)
+        if form.bits == 4:
+            low = graph.op("Mod", codes, graph.constant("sixteen", 16, "uint8"))
+            high = graph.op("Div", codes, graph.constant("sixteen", 16, "uint8"))
+            pairs = [graph.op("Unsqueeze", half, self._numbers(-1)) for half in (low, high)]
+            codes = graph.op("Reshape", graph.op("Concat", *pairs, axis=-1), self._numbers(0, 0, -1))
+        zero = graph.constant(f"zero.{form.bits}", 1 << (form.bits - 1), "float32")
+        levels = graph.op("Sub", graph.op("Cast", codes, to="float32"), zero)
+        exact = graph.op("Cast", graph.op("Unsqueeze", scales, self._numbers(-1)), to="float32")
+        rows = graph.op("Reshape", graph.op("Mul", levels, exact), self._numbers(0, -1))
+        rows = graph.op("Slice", rows, self._numbers(0), self._numbers(linear.columns), self._numbers(1))
+        return graph.op("Cast", rows, to=kind)
 
     def _shift(self, scores: str) -> str:
         """`[.., n, 2 n]`, where column j of row i is for j + i − n + 1 → `[.., n, n]`, where it is for j.
@@ -207,29 +244,31 @@ class _Writer:
         product, is_pending = self._product(x, linear)
         return product, self._bias(linear) if is_pending else ""
 
-    def _product(self, x: str, linear: Linear, *, is_constant: bool = False) -> tuple[str, bool]:
+    def _product(self, x: str, linear: Linear) -> tuple[str, bool]:
         """The product, and whether a bias is still to be added to it."""
         graph, form = self._graph, self._formats.get(linear.name, FloatFormat(self._graph.float_type))
-        parts = (Part(linear.name, 0, linear.rows),)
+        if isinstance(form, FloatFormat):
+            product = graph.contrib("FusedMatMul", x, self._weight(linear, form), transB=1)
+            return product, linear.bias is not None
+        codes, scales = graph.matrix(linear.name, self._whole(linear), linear.columns, form)
         if isinstance(form, BlockFormat):
-            codes, scales = graph.matrix(linear.name, parts, linear.columns, form)
             product = graph.contrib(
                 "MatMulNBits", x, codes, scales, "", "", self._bias(linear), K=linear.columns, N=linear.rows,
                 bits=form.bits, block_size=form.block, accuracy_level=self._accuracy_level,
             )  # fmt: skip
             return product, False
-        if isinstance(form, ChannelFormat):
-            codes, scales = graph.matrix(linear.name, parts, linear.columns, form)
-            # What weights alone are multiplied with has a range of its own.
-            span = None if is_constant else self._activations.get(linear.name)
-            data, scale, zero = self._quantized(x, linear, span)
-            return graph.contrib(
-                "MatMulIntegerToFloat", data, codes, scale, scales, zero, "", self._bias(linear)
-            ), False
-        weight = graph.floats(linear.name, parts, (linear.rows, linear.columns), dtype=form.dtype)
-        if form.dtype != graph.float_type:
-            weight = graph.op("Cast", weight, to=graph.float_type)
-        return graph.contrib("FusedMatMul", x, weight, transB=1), linear.bias is not None
+        data, scale, zero = self._quantized(x, linear)
+        return graph.contrib("MatMulIntegerToFloat", data, codes, scale, scales, zero, "", self._bias(linear)), False
+
+    def _weight(self, linear: Linear, form: FloatFormat) -> str:
+        """`[rows, columns]` floats, as stored."""
+        graph = self._graph
+        weight = graph.floats(linear.name, self._whole(linear), (linear.rows, linear.columns), dtype=form.dtype)
+        return weight if form.dtype == graph.float_type else graph.op("Cast", weight, to=graph.float_type)
+
+    @staticmethod
+    def _whole(linear: Linear) -> tuple[Part, ...]:
+        return (Part(linear.name, 0, linear.rows),)
 
     def _bias(self, linear: Linear) -> str:
         """A linear layer's bias, "" where it has none."""
@@ -237,12 +276,13 @@ class _Writer:
             self._graph.floats(linear.bias, (Part(linear.bias, 0, linear.rows),), (linear.rows,)) if linear.bias else ""
         )
 
-    def _biased(self, x: str, linear: Linear, *, is_constant: bool = False) -> str:
-        product, is_pending = self._product(x, linear, is_constant=is_constant)
-        return self._graph.op("Add", product, self._bias(linear)) if is_pending else product
+    def _biased(self, x: str, linear: Linear) -> str:
+        product, bias = self._linear(x, linear)
+        return self._graph.op("Add", product, bias) if bias else product
 
-    def _quantized(self, x: str, linear: Linear, span: ActivationRange | None) -> tuple[str, str, str]:
+    def _quantized(self, x: str, linear: Linear) -> tuple[str, str, str]:
         """Unsigned bytes of `x`, their scale and zero: signed ones take several times as long on x86."""
+        span = self._activations.get(linear.name)
         if (x, span) not in self._bytes:
             graph = self._graph
             if span is None:
