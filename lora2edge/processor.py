@@ -25,4 +25,4 @@ def read_processor(root: Path = Path("/")) -> tuple[str, frozenset[str]]:
 
 def vector_flags(root: Path = Path("/")) -> list[str]:
     """The flags of vector and matrix instructions, sorted: weights packed for one set of them may not fit another."""
-    return sorted(flag for flag in read_processor(root)[1] if flag.startswith(_DECIDING))
+    return sorted(flag for flag in read_processor(root)[1] if flag.startswith(_DECIDING) and flag != "smep")
