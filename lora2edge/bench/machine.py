@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge.contracts import Machine
+from lora2edge.processor import read_processor
 from lora2edge.storage import digest
 
 _FLAGS = (
@@ -88,14 +89,7 @@ def available(path: Path) -> Machine:
 
 def _processor(root: Path) -> tuple[str, list[str]]:
     """The processor's name and those of its flags that decide which kernels run."""
-    model, flags = platform.processor() or platform.machine(), set[str]()
-    for line in _lines(root / "proc/cpuinfo"):
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = value.strip()
-        elif key.strip() in {"flags", "Features"}:
-            flags = set(value.split())
-            break
+    model, flags = read_processor(root)
     return model, [flag for flag in _FLAGS if flag in flags]
 
 

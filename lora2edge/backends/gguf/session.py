@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lora2edge.backends.gguf.context import Context
 from lora2edge.backends.gguf.llama_cpp import Kind, Library, load_library
-from lora2edge.backends.gguf.scheduler import Request, Scheduler
 from lora2edge.backends.gguf.tokens import Vocabulary, load_model
+from lora2edge.backends.scheduler import Request, Scheduler, ask, check_kept, check_prompt, check_room
 from lora2edge.contracts import GREEDY, Message, Sampling, SessionFacts
 from lora2edge.errors import InputError, UnsupportedError
 
@@ -84,15 +85,9 @@ class GgufSession:
         Tokens after the last kept position are not computed. Raises InputError at the call for a sequence that is
         too long, an id outside the vocabulary or a position outside the sequence.
         """
-        if len(batch) != len(keep):
-            raise InputError("keep-shape", f"{len(batch)} sequences, but positions for {len(keep)}")
-        for ids, positions in zip(batch, keep, strict=True):
+        check_kept(batch, keep)
+        for ids in batch:
             self._require(ids, 0)
-            if positions and (min(positions) < 0 or max(positions) >= len(ids)):
-                raise InputError(
-                    "keep-position",
-                    f"positions {min(positions)} to {max(positions)} were asked of {len(ids)} tokens",
-                )
         return self._score(batch, keep)
 
     def generate(
@@ -103,24 +98,10 @@ class GgufSession:
         Sampling with a temperature draws from a generator seeded with the request's number in this session.
         Raises InputError at the call where the prompt is empty, or together with `max_new` longer than a slot.
         """
-        if not ids:
-            raise InputError("empty-prompt", "a prompt needs at least one token")
-        if max_new < 1:
-            raise InputError("max-new", f"max_new is {max_new}, at least 1 is needed")
+        check_prompt(ids, max_new)
         self._require(ids, max_new)
-        wanted = np.zeros(len(ids), np.int8)
-        wanted[-1] = 1
         number = next(self._numbers)
-        request = Request(
-            np.asarray(ids, np.int32),
-            wanted,
-            max_new=max_new,
-            stop=frozenset(stop),
-            temperature=sampling.temperature,
-            random=np.random.default_rng((0, number)) if sampling.temperature > 0 else None,
-        )
-        self._scheduler.submit([request])
-        return Answer(self._scheduler, request)
+        return ask(self._scheduler, ids, max_new=max_new, stop=stop, sampling=sampling, number=number)
 
     def close(self) -> None:
         """Ends the requests under way with an error and frees the model; harmless when done twice."""
@@ -163,44 +144,8 @@ class GgufSession:
         """Raises InputError for what llama.cpp would answer by ending the process."""
         if os.getpid() != self._process:
             raise InputError("forked", "a GGUF session cannot be used in a forked process", hint="open one there")
-        limit = self._facts.max_length
-        if len(ids) + max_new > limit:
-            what = f"a sequence of {len(ids)} tokens" if not max_new else f"{len(ids)} prompt + {max_new} new tokens"
-            raise InputError(
-                "too-long",
-                f"{what} exceeds the session's max_length of {limit}",
-                hint=f"open the session with max_length {len(ids) + max_new} or more",
-            )
+        check_room(ids, max_new, self._facts.max_length)
         self._vocabulary.require_ids(ids)
-
-
-class Answer(Iterator[int]):
-    """The new tokens of one request. `close`, or dropping it, cancels the request."""
-
-    def __init__(self, scheduler: Scheduler, request: Request) -> None:
-        self._scheduler = scheduler
-        self._request = request
-        self._ended = False
-
-    def __next__(self) -> int:
-        if self._ended:
-            raise StopIteration
-        event = self._request.events.get()
-        if isinstance(event, int):
-            return event
-        self._ended = True
-        if event is None:
-            raise StopIteration
-        raise event
-
-    def close(self) -> None:
-        """Cancels the request, if it is still under way, and frees its slot."""
-        if not self._ended:
-            self._ended = True
-            self._scheduler.cancel(self._request)
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def open_session(
@@ -250,7 +195,8 @@ def open_session(
     except BaseException:
         vocabulary.close()
         raise
-    scheduler = Scheduler(loaded, context, slots=slots, vocab_size=vocabulary.size, max_rows=rows)
+    engine = Context(loaded, context, vocab_size=vocabulary.size, max_rows=rows)
+    scheduler = Scheduler(engine, slots=slots)
     dtype = f"weights {_weight_type(loaded, vocabulary)}, cache {cache.upper()}"
     facts = _facts(loaded, dtype, offload=offload, threads=threads, slots=slots, max_length=max_length)
     return GgufSession(vocabulary, scheduler, facts, rows_ahead=SCORED_BYTES // (4 * vocabulary.size))

@@ -10,8 +10,9 @@ from typing import Any
 from lora2edge.adapters import written_config
 from lora2edge.backends.layerwise import RoundedTensors, round_layers, rounding_cost
 from lora2edge.backends.onnxruntime.decide import Decision, decide, make_graph
-from lora2edge.backends.onnxruntime.genai import write_genai_config
+from lora2edge.backends.onnxruntime.genai import GENAI_CONFIG, write_genai_config
 from lora2edge.backends.onnxruntime.rounding import BlockEncoder, StreamRounder
+from lora2edge.checkpoint import check_tied
 from lora2edge.contracts import (
     BackendHealth,
     Calibration,
@@ -54,10 +55,10 @@ class OnnxRuntimeBackend:
 
     def check(self, checkpoint: Checkpoint, target: Target, machine: Machine) -> Estimate:
         """What lowering will need. Reads header and config; raises all refusals at once."""
-        from lora2edge.backends.onnxruntime.runtime import check_provider
+        from lora2edge.backends.onnxruntime.runtime import check_device
 
         decision = decide(checkpoint, target)
-        check_provider(target.device)
+        check_device("cpu" if target.device == "auto" else target.device)
         graph = make_graph(decision)
         weights = sum(tensor.size for tensor in checkpoint.tensors.values())
         tokenizer_bytes = sum(Path(path).stat().st_size for path in checkpoint.tokenizer.files.values())
@@ -87,6 +88,8 @@ class OnnxRuntimeBackend:
         decision = decide(checkpoint, target)
         if calibration is None:
             _refuse_without_data(decision, target)
+        if isinstance(decision.model, Decoder) and decision.model.tied_copy:
+            check_tied(checkpoint, *decision.model.tied_copy)
         rounded = None
         if calibration is not None and decision.gptq_names():
             rounded = _round(checkpoint, calibration, decision, out, progress)
@@ -104,7 +107,17 @@ class OnnxRuntimeBackend:
         from lora2edge.backends.onnxruntime.classifier import open_classifier
         from lora2edge.backends.onnxruntime.session import open_session
 
-        raise NotImplementedError
+        device = target.device if target.device != "auto" else options.device
+        if (path / GENAI_CONFIG).is_file():
+            return open_session(
+                path,
+                device=device,
+                threads=options.threads,
+                slots=options.slots,
+                max_length=options.max_length,
+                weights=target.precision,
+            )
+        return open_classifier(path, device=device, threads=options.threads, weights=target.precision)
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:
         """What rounding did to each matrix, from the finished files."""

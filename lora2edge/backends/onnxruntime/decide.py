@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lora2edge.backends.onnxruntime.options import Options, Precision, choose_format, read_options
+from lora2edge.backends.onnxruntime.options import KEPT, Options, Precision, choose_format, read_options
 from lora2edge.contracts import Checkpoint
 from lora2edge.errors import InputError, Refusals, TargetError, UnsupportedError, refuse
 from lora2edge.graph.builder import BlockFormat, FloatFormat, Format, Graph
@@ -16,6 +16,7 @@ from lora2edge.graph.decoder import Decoder, describe_decoder
 from lora2edge.graph.encoder import Encoder, describe_encoder
 from lora2edge.graph.ort_decoder import write_ort_decoder
 from lora2edge.graph.ort_encoder import write_ort_encoder
+from lora2edge.graph.ranges import ActivationRange
 from lora2edge.target import Target
 
 CLASSIFICATIONS = frozenset({"sequence-classification", "token-classification"})
@@ -58,7 +59,13 @@ class Decision:
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
         kinds = Counter(_word(form) for form in self.formats.values())
-        return {"architecture": self.model.architecture, "tensor_types": dict(sorted(kinds.items()))}
+        architecture = self.model.architecture if isinstance(self.model, Decoder) else self.model.family
+        kept = {
+            name: KEPT[role]
+            for name, role in _roles(self.model).items()
+            if role in KEPT and self.precision.form != "float" and isinstance(self.formats[name], FloatFormat)
+        }
+        return {"architecture": architecture, "tensor_types": dict(sorted(kinds.items())), "kept": kept}
 
 
 def decide(checkpoint: Checkpoint, target: Target) -> Decision:
@@ -76,9 +83,7 @@ def decide(checkpoint: Checkpoint, target: Target) -> Decision:
     decision = None
     if chosen and model:
         precision, options = chosen
-        formats = {
-            matrix.name: choose_format(matrix.name, matrix.role, precision, options) for matrix in model.matrices
-        }
+        formats = {name: choose_format(name, role, precision, options) for name, role in _roles(model).items()}
         decision = Decision(precision, options, model, formats)
         errors += _contradictions(target, decision)
     refuse([single for error in errors for single in (error.errors if isinstance(error, Refusals) else (error,))])
@@ -86,14 +91,27 @@ def decide(checkpoint: Checkpoint, target: Target) -> Decision:
     return decision
 
 
-def make_graph(decision: Decision, ranges: Mapping[str, tuple[float, float]] | None = None) -> Graph:
+def make_graph(decision: Decision, ranges: Mapping[str, ActivationRange] | None = None) -> Graph:
     """The graph. `ranges`: of the inputs of each int8 matrix, where they are fixed beforehand."""
     level = decision.options.accuracy_level
     if isinstance(decision.model, Decoder):
         return write_ort_decoder(
             decision.model, decision.formats, accuracy_level=level, float_type=decision.precision.float_type
         )
-    return write_ort_encoder(decision.model, decision.formats, accuracy_level=level, activations=ranges)
+    return write_ort_encoder(
+        decision.model,
+        decision.formats,
+        accuracy_level=level,
+        activations=ranges,
+        float_type=decision.precision.float_type,
+    )
+
+
+def _roles(model: Decoder | Encoder) -> dict[str, str]:
+    """Matrix → what it is for. An encoder's `embedding` is a product behind the lookup."""
+    if isinstance(model, Decoder):
+        return {matrix.name: matrix.role for matrix in model.matrices}
+    return {matrix.name: "projection" if matrix.role == "embedding" else matrix.role for matrix in model.matrices}
 
 
 def _describe(checkpoint: Checkpoint) -> Decoder | Encoder:
@@ -134,15 +152,6 @@ def _contradictions(target: Target, decision: Decision) -> list[InputError]:
                 why="fixed ranges lose more than those that each call finds, and save a decoder nothing: its time is "
                 "that of reading the weights",
                 hint="precision: int8",
-            )
-        )
-    if decision.precision.float_type != "float32" and isinstance(decision.model, Encoder):
-        errors.append(
-            TargetError(
-                "onnx-precision",
-                f"{target.name} asks for an encoder in {target.precision}",
-                why="encoders are written in float32 and int8",
-                hint="precision: int8-dynamic",
             )
         )
     unmatched = [pattern for pattern in decision.options.overrides if not _matches(pattern, columns)]

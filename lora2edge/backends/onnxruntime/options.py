@@ -44,6 +44,13 @@ PRECISIONS: Mapping[str, Precision] = {
     "int4": Precision("block", 4),
 }
 
+KEPT = {
+    "pooler": "runs for one token of a text: integers would save no time",
+    "classifier": "decides between the classes, and is a few rows",
+    "projection": "its input is the embedding, whose tokens differ in scale by far",
+}
+"""Roles of an encoder's matrices that stay float where others become integers, and why."""
+
 
 class Options(BaseModel):
     """The keys of `options`."""
@@ -109,7 +116,7 @@ def read_options(target: Target) -> tuple[Precision, Options]:
 
 def choose_format(name: str, role: str, precision: Precision, options: Options) -> Format:
     """How the matrix of tensor `name` is stored. `role`: what it does, as the model's description says."""
-    bits = precision.bits
+    bits = 32 if role in KEPT and precision.form != "float" else precision.bits
     if role in {"head", "embedding"}:
         head = options.head_bits or (8 if precision.form != "float" else precision.bits)
         bits = head if role == "head" else options.embedding_bits or head

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora2edge.backends.gguf import scheduler as scheduler_module
-from lora2edge.backends.gguf.scheduler import Scheduler
-from lora2edge.backends.gguf.session import Answer, GgufSession, open_session
+from lora2edge.backends.gguf.context import Context
+from lora2edge.backends.gguf.session import GgufSession, open_session
+from lora2edge.backends.scheduler import Answer
 from lora2edge.contracts import Sampling
 from lora2edge.errors import InputError, Lora2EdgeError, UnsupportedError
 from tests.tiny import VOCAB
@@ -145,8 +145,8 @@ def test_many_threads_get_what_one_gets(model, session, session4, slots: int) ->
 def test_four_slots_share_their_steps(open_tiny, monkeypatch) -> None:
     """Four requests of one prompt and 30 tokens need little more than 30 steps on four slots, and 4 x 30 on one."""
     steps = []
-    fill = Scheduler._fill
-    monkeypatch.setattr(Scheduler, "_fill", lambda self: steps.append(1) or fill(self))
+    fill = Context._fill
+    monkeypatch.setattr(Context, "_fill", lambda self, active: steps.append(1) or fill(self, active))
     counts = {}
     for slots in (1, 4):
         steps.clear()
@@ -241,8 +241,8 @@ def test_a_failed_step_reaches_its_callers_and_the_session_lives(model, open_tin
             def __getattr__(self, name):
                 return (lambda *_: -3) if name == "llama_decode" else getattr(self._functions, name)
 
-        healthy = opened._scheduler._c
-        opened._scheduler._c = Broken(healthy)
+        healthy = opened._scheduler._engine._c
+        opened._scheduler._engine._c = Broken(healthy)
         answers = [opened.generate([1, 2, 3], max_new=5, stop=[]) for _ in range(2)]
         for answer in answers:
             with pytest.raises(Lora2EdgeError) as caught:
@@ -251,20 +251,20 @@ def test_a_failed_step_reaches_its_callers_and_the_session_lives(model, open_tin
             assert "status -3" in caught.value.what
         with pytest.raises(Lora2EdgeError):
             list(opened.logits([[1, 2]], [[1]]))
-        opened._scheduler._c = healthy
+        opened._scheduler._engine._c = healthy
         ids = prompts()[0]
         assert list(opened.generate(ids, max_new=8, stop=[])) == expected_tokens(model, ids, 8)
 
 
 def test_not_a_number_is_never_a_token(open_tiny, monkeypatch) -> None:
-    rows = Scheduler._rows
+    rows = Context._rows
 
     def poisoned(self, count):
         found = rows(self, count).copy()
         found[:, VOCAB // 2] = np.nan
         return found
 
-    monkeypatch.setattr(scheduler_module.Scheduler, "_rows", poisoned)
+    monkeypatch.setattr(Context, "_rows", poisoned)
     with open_tiny() as opened, pytest.raises(Lora2EdgeError) as caught:
         list(opened.generate([1, 2, 3], max_new=5, stop=[]))
     assert caught.value.code == "not-finite"

@@ -1,0 +1,115 @@
+"""What an artifact's own JSON files say: its tokenizer, its longest sequence, its padding, its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora2edge.checkpoint import read_json_file, read_tokenizer_file, tokenizer_files
+from lora2edge.contracts import TokenizerFiles
+from lora2edge.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """The token that shorter sequences of a batch are filled up with."""
+
+    id: int
+    is_marker: bool
+    """Whether it also begins or ends a text, so that one alone in front is none."""
+
+    def refuse(self, ids: Sequence[int]) -> None:
+        """Raises InputError, code `left-padded`, where `ids` begin with padding.
+
+        Lengths are counted from the first token, so the model would read the padding as text, without an error.
+        """
+        front = 2 if self.is_marker else 1
+        if len(ids) >= front and all(token == self.id for token in ids[:front]):
+            count = next((index for index, token in enumerate(ids) if token != self.id), len(ids))
+            raise InputError(
+                "left-padded",
+                f"a sequence of {len(ids)} tokens begins with {count} of padding (token {self.id})",
+                why="ONNX Runtime's attention counts from the first token: padding there is read as text",
+                hint="give the tokens without padding: the session pads on the right itself",
+            )
+
+
+def tokenizer_of(folder: Path) -> TokenizerFiles:
+    """The tokenizer's files in the artifact. Raises CheckpointError where one is broken."""
+    return TokenizerFiles(tokenizer_files(folder))
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of the artifact, {} where there is none. Raises CheckpointError, code `bad-config`."""
+    path = folder / name
+    return read_json_file(path, "bad-config") if path.is_file() else {}
+
+
+def most_positions(folder: Path) -> int | None:
+    """Tokens of the longest sequence: genai_config.json's, else config.json's; None where neither says so."""
+    genai = read_config(folder, "genai_config.json").get("model")
+    config = read_config(folder)
+    text = config.get("text_config")
+    for source, key in ((genai, "context_length"), (text, _POSITIONS), (config, _POSITIONS)):
+        found = source.get(key) if isinstance(source, dict) else None
+        if isinstance(found, int) and found > 0:
+            return found
+    return None
+
+
+def padding_of(folder: Path) -> Padding | None:
+    """The padding token: config.json's, generation_config.json's, or what the tokenizer's settings name."""
+    config = read_config(folder)
+    files = tokenizer_of(folder)
+    generation = read_tokenizer_file(files, "generation_config.json")
+    found = next(
+        (source["pad_token_id"] for source in (config, generation) if _is_id(source.get("pad_token_id"))), None
+    )
+    if found is None:
+        found = _token_id(files, "pad_token")
+    if found is None:
+        return None
+    markers: set[Any] = set()
+    for source in (config, generation):
+        for key in ("bos_token_id", "eos_token_id"):
+            value = source.get(key)
+            markers.update(value if isinstance(value, list) else [value])
+    markers.update(_token_id(files, name) for name in ("bos_token", "eos_token", "cls_token", "sep_token"))
+    return Padding(found, found in markers)
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Labels in the order of the logits, from config.json's `id2label`; () where it has none.
+
+    Raises InputError, code `bad-labels`, where they are not numbered from 0 on.
+    """
+    stored = read_config(folder).get("id2label")
+    if not isinstance(stored, dict) or not stored:
+        return ()
+    if sorted(stored) != sorted(str(index) for index in range(len(stored))):
+        raise InputError(
+            "bad-labels",
+            f"config.json numbers its {len(stored)} labels {', '.join(sorted(map(str, stored))[:10])}",
+            why="the logits are numbered from 0 on",
+            hint="mend id2label in config.json",
+        )
+    return tuple(str(stored[str(index)]) for index in range(len(stored)))
+
+
+def _token_id(files: TokenizerFiles, name: str) -> int | None:
+    """The id of e.g. `pad_token`, where it is an added token, as special tokens are."""
+    value = read_tokenizer_file(files, "tokenizer_config.json").get(name)
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        return None
+    added = read_tokenizer_file(files, "tokenizer.json").get("added_tokens") or []
+    return next((int(token["id"]) for token in added if token.get("content") == text), None)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_POSITIONS = "max_position_embeddings"
