@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora2edge.adapters import written_config
 from lora2edge.backends.layerwise import RoundedTensors, round_layers, rounding_cost
@@ -104,11 +104,11 @@ class OnnxRuntimeBackend:
 
     def open(self, path: Path, target: Target, options: SessionOptions) -> Session | Classifier:
         """A session on the model in the folder `path`; a Classifier where it classifies."""
-        from lora2edge.backends.onnxruntime.classifier import open_classifier
-        from lora2edge.backends.onnxruntime.session import open_session
-
-        device = target.device if target.device != "auto" else options.device
+        wanted = target.device if target.device != "auto" else options.device
+        device: Literal["cpu", "cuda"] = "cuda" if wanted == "cuda" else "cpu"
         if (path / GENAI_CONFIG).is_file():
+            from lora2edge.backends.onnxruntime.session import open_session
+
             return open_session(
                 path,
                 device=device,
@@ -117,6 +117,8 @@ class OnnxRuntimeBackend:
                 max_length=options.max_length,
                 weights=target.precision,
             )
+        from lora2edge.backends.onnxruntime.classifier import open_classifier
+
         return open_classifier(path, device=device, threads=options.threads, weights=target.precision)
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:

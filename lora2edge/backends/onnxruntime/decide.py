@@ -13,7 +13,8 @@ from lora2edge.contracts import Checkpoint
 from lora2edge.errors import InputError, Refusals, TargetError, UnsupportedError, refuse
 from lora2edge.graph.builder import BlockFormat, FloatFormat, Format, Graph
 from lora2edge.graph.decoder import Decoder, describe_decoder
-from lora2edge.graph.encoder import Encoder, describe_encoder
+from lora2edge.graph.encoder import Encoder
+from lora2edge.graph.encoder_families import describe_encoder
 from lora2edge.graph.ort_decoder import write_ort_decoder
 from lora2edge.graph.ort_encoder import write_ort_encoder
 from lora2edge.graph.ranges import ActivationRange

@@ -35,10 +35,12 @@ class StreamRounder:
             assert isinstance(form, BlockFormat)
             return split_row(self._rounded.rows(tensor, start, stop), form)
         weights = self._checkpoint.rows(tensor, start, stop)
+        found: tuple[NDArray[Any], FloatArray]
         if isinstance(form, ChannelFormat):
-            codes, scales = nearest_channels(weights)
+            found = nearest_channels(weights)
         else:
-            codes, scales = nearest_blocks(weights, form, self._scale_dtype)
+            found = nearest_blocks(weights, form, self._scale_dtype)
+        codes, scales = found
         if not np.isfinite(scales).all():
             raise not_finite(tensor)
         return codes, scales
@@ -104,7 +106,7 @@ def nearest_channels(weights: FloatArray) -> tuple[NDArray[np.int8], FloatArray]
 def pack(codes: Bytes, form: BlockFormat) -> Bytes:
     """`[rows, columns]` → `[rows, blocks, code bytes]`; of two 4-bit codes the first is the low half of its byte."""
     blocks = codes.reshape(len(codes), -1, form.block)
-    return blocks if form.bits == 8 else blocks[..., 0::2] | blocks[..., 1::2] << 4
+    return blocks if form.bits == 8 else blocks[..., 0::2] | blocks[..., 1::2] << np.uint8(4)
 
 
 def split_row(data: Bytes, form: BlockFormat) -> tuple[Bytes, FloatArray]:
