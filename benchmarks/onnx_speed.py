@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from measure import write_results
-from onnx_lowering import BUILDER, TARGET, merge
+from onnx_lowering import TARGET, builder, merge
 
 PREFILL, DECODE, CONTEXT = 128, 32, 512
 GGUF = "name: bench/{0}\nbackend: gguf\nprecision: {0}\noptions: {{rounding: llama.cpp, imatrix: false}}\n"
@@ -163,11 +163,9 @@ def prepare(model: Path, folder: Path) -> dict[str, tuple[str, Path]]:
             (folder / name).symlink_to(artifact)
     if not (folder / "merged").exists():
         merge(model, folder / "merged")
-    fused = BUILDER.replace("shared_embeddings", "fuse_mlp_gate_up=True, shared_embeddings")
-    for name, script in (("builder", BUILDER), ("builder-fused", fused)):
+    for name, more in (("builder", ()), ("builder-fused", ("fuse_mlp_gate_up=true",))):
         if not (folder / name).exists():
-            arguments = [folder / "merged", folder / name, folder / "cache"]
-            subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
+            subprocess.run(builder(folder / "merged", folder / name, folder / "cache", *more), check=True)
     return {
         "ours": ("genai", folder / "int4"),
         "builder": ("genai", folder / "builder"),
