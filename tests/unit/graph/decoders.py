@@ -134,7 +134,7 @@ def _genai(decoder: Decoder) -> dict[str, Any]:
         "context_length": decoder.context_length,
         "vocab_size": decoder.vocab_rows,
         "bos_token_id": 1,
-        "eos_token_id": decoder.vocab_rows + 1,  # never
+        "eos_token_id": decoder.vocab_rows - 1,
         "pad_token_id": 0,
         "decoder": {
             "filename": "model.onnx",
@@ -200,10 +200,9 @@ def reference_tokens(model: Any, prompts: Sequence[Sequence[int]], new: int) -> 
     import torch
 
     ids = torch.tensor(prompts)
+    model.generation_config.eos_token_id = None
     with torch.no_grad():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     return [row[len(prompts[0]) :] for row in out.tolist()]
 
 
