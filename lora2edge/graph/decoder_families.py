@@ -188,7 +188,15 @@ def _gemma3_ropes(config: Config, head_dim: int) -> Mapping[str, Rope]:
             why="transformers' Gemma 3 ignores them then",
             hint="write them as {full_attention: {…}, sliding_attention: {…}}, or as rope_theta and rope_scaling",
         )
-    full = {**(nested.get(_FULL) or {}), **(config.get("rope_scaling") or {})}
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("type") and not scaling.get("rope_type"):
+        raise UnsupportedError(
+            "onnx-rope",
+            "rope_scaling of config.json has a type, and no rope_type",
+            why="transformers 4 scaled the rope by it, transformers 5 ignores it in Gemma 3",
+            hint="rename type to rope_type in rope_scaling",
+        )
+    full = {**(nested.get(_FULL) or {}), **scaling}
     sliding = nested.get(_SLIDING) or {}
     return {
         _FULL: read_rope(config, full, head_dim, theta_of(config, default=1e6)),
