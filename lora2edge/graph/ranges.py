@@ -103,10 +103,8 @@ def _run(session: Any, inputs: Mapping[str, str], batch: Mapping[str, IntArray])
 
 
 def _real(array: FloatArray, mask: NDArray[np.bool_]) -> FloatArray:
-    """Values of real tokens: all of them where tokens are no axis, or only the first token of each text is there."""
-    if array.ndim == 3 and array.shape[1] == mask.shape[1]:
-        return array[mask]
-    return array
+    """Values of real tokens of `[tokens, width]`; all of `[texts, width]`, which are those of first tokens."""
+    return array[mask.reshape(-1)] if len(array) == mask.size else array
 
 
 def _bounds(values: FloatArray, percentile: float) -> tuple[float, float]:
