@@ -296,7 +296,7 @@ def _deberta(given: _Given) -> Encoder:
     width, kinds = given.whole("embedding_size", hidden), given.whole("type_vocab_size", 0, least=0)
     if given.whole("conv_kernel_size", 0, least=0):
         given.refuse("conv_kernel_size is set", "the convolution behind the first layer is not written")
-    if given.whole("attention_head_size", hidden // heads) * heads != hidden:
+    if given.config.get("attention_head_size") not in (None, hidden // heads):
         given.refuse("attention_head_size is set", f"heads of {hidden} / {heads} values are written")
     _check_heads(given, hidden, heads)
     at = "deberta.embeddings"
