@@ -1,4 +1,4 @@
-"""Reads which encoder a checkpoint is: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, DeBERTa-v2 and v3 with a classifier.
+"""Reads which encoder a checkpoint is: BERT, RoBERTa and its kin, DistilBERT, DeBERTa-v2 and v3, with a classifier.
 
 As transformers 5 computes them. Whatever is not known is refused, and so is a tensor that has no place.
 """
@@ -218,7 +218,7 @@ def _bert(given: _Given) -> Encoder:
 
 
 def _roberta(given: _Given) -> Encoder:
-    """https://arxiv.org/abs/1907.11692; XLM-RoBERTa, https://arxiv.org/abs/1911.02116, differs by its vocabulary."""
+    """https://arxiv.org/abs/1907.11692; XLM-RoBERTa and CamemBERT differ by their vocabularies and training."""
     return _like_bert(given, "roberta", given.whole("pad_token_id", 1, least=0))
 
 
@@ -425,6 +425,7 @@ _FAMILIES: Mapping[str, Callable[[_Given], Encoder]] = {
     "bert": _bert,
     "roberta": _roberta,
     "xlm-roberta": _roberta,
+    "camembert": _roberta,
     "distilbert": _distilbert,
     "deberta-v2": _deberta,
 }

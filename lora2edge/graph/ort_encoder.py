@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora2edge.errors import UnsupportedError
 from lora2edge.graph.builder import (
     BlockFormat,
     ChannelFormat,
@@ -50,7 +51,15 @@ def write_ort_encoder(
     `formats`: of each matrix by its name; one that is not named is float. With ChannelFormat the matrix is multiplied
     with unsigned bytes, scaled by its range in `activations`, or, where it has none there, by the range of the batch
     itself. `accuracy_level`: of MatMulNBits; 4 multiplies in integers, 1 in float32. `float_type`: of everything else.
+    Raises UnsupportedError `onnx-precision` for bytes in a graph that is not float32.
     """
+    if float_type != "float32" and any(isinstance(form, ChannelFormat) for form in formats.values()):
+        raise UnsupportedError(
+            "onnx-precision",
+            f"int8 matrices in a {float_type} graph",
+            why="ONNX Runtime multiplies bytes into float32 only",
+            hint="choose float32 beside int8, or weights of 8 or 4 bits in blocks",
+        )
     return _Writer(encoder, formats, accuracy_level, activations or {}, float_type).write()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora2edge.errors import UnsupportedError
 from lora2edge.graph.builder import BlockFormat, ChannelFormat, FloatFormat, Format
 from lora2edge.graph.encoder import Encoder, Linear
 from lora2edge.graph.ranges import ActivationRange, find_ranges
@@ -91,11 +92,28 @@ def test_a_padding_token_inside_a_text_has_no_position(models: Models, family: s
     assert error(run_graph(open_graph(tmp_path / "model.onnx"), batch), expected, batch["attention_mask"]) < 1e-5
 
 
-def test_a_text_longer_than_the_positions_fails(models: Models, tmp_path: Path) -> None:
-    _, folder = models("bert", "sequence")
+@pytest.mark.parametrize("family", CHOSEN)
+def test_a_text_longer_than_the_positions_fails(models: Models, family: str, tmp_path: Path) -> None:
+    _, folder = models(family, "token")
     encoder = write_encoder(folder, tmp_path)
-    with pytest.raises(Exception, match=r"broadcast|dimension|Non-zero"):
-        run_graph(open_graph(tmp_path / "model.onnx"), ragged([encoder.max_length + 1]))
+    session = open_graph(tmp_path / "model.onnx", tmp_path / "optimized.onnx")
+    for more in (1, 2, 30):
+        with pytest.raises(Exception, match=r"ONNXRuntimeError"):
+            run_graph(session, ragged([encoder.max_length + more]))
+
+
+@pytest.mark.parametrize("family", CHOSEN)
+def test_float16(models: Models, family: str, tmp_path: Path) -> None:
+    """The same graph in half precision, which the CPU provider runs through casts; bytes beside it are refused."""
+    model, folder = models(family, "token")
+    encoder = write_encoder(folder, tmp_path, float_type="float16")
+    batch = ragged([30, 4], pairs=True)
+    found = run_graph(open_graph(tmp_path / "model.onnx", tmp_path / "optimized.onnx"), batch)
+    assert found.dtype == np.float32
+    assert error(found, reference(model, batch, encoder.has_token_types), batch["attention_mask"]) < 5e-3
+    with pytest.raises(UnsupportedError) as caught:
+        write_encoder(folder, tmp_path, integers(ChannelFormat()), float_type="float16")
+    assert caught.value.code == "onnx-precision"
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -65,3 +65,12 @@ def test_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find_ranges(tmp_path / "graph" / "model.onnx", [])
     assert caught.value.code == "no-texts"
+
+
+def test_values_come_in_several_runs_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_encoder(tmp_path, "bert", "token")
+    write_encoder(tmp_path, tmp_path / "graph")
+    batches = [ragged([30, 5, 17])]
+    whole = find_ranges(tmp_path / "graph" / "model.onnx", batches, threads=1)
+    monkeypatch.setattr("lora2edge.graph.ranges._MOST_BYTES", 1000)
+    assert find_ranges(tmp_path / "graph" / "model.onnx", batches, threads=1) == whole
