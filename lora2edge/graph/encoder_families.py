@@ -1,4 +1,4 @@
-"""Reads which encoder a checkpoint is: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, DeBERTa-v2 and v3 with a classifier.
+"""Reads which encoder a checkpoint is: BERT, RoBERTa and its kin, DistilBERT, DeBERTa-v2 and v3, with a classifier.
 
 As transformers 5 computes them. Whatever is not known is refused, and so is a tensor that has no place.
 """
@@ -218,7 +218,7 @@ def _bert(given: _Given) -> Encoder:
 
 
 def _roberta(given: _Given) -> Encoder:
-    """https://arxiv.org/abs/1907.11692; XLM-RoBERTa, https://arxiv.org/abs/1911.02116, differs by its vocabulary."""
+    """https://arxiv.org/abs/1907.11692; XLM-RoBERTa and CamemBERT differ by their vocabularies and training."""
     return _like_bert(given, "roberta", given.whole("pad_token_id", 1, least=0))
 
 
@@ -296,7 +296,7 @@ def _deberta(given: _Given) -> Encoder:
     width, kinds = given.whole("embedding_size", hidden), given.whole("type_vocab_size", 0, least=0)
     if given.whole("conv_kernel_size", 0, least=0):
         given.refuse("conv_kernel_size is set", "the convolution behind the first layer is not written")
-    if given.whole("attention_head_size", hidden // heads) * heads != hidden:
+    if given.config.get("attention_head_size") not in (None, hidden // heads):
         given.refuse("attention_head_size is set", f"heads of {hidden} / {heads} values are written")
     _check_heads(given, hidden, heads)
     at = "deberta.embeddings"
@@ -425,6 +425,7 @@ _FAMILIES: Mapping[str, Callable[[_Given], Encoder]] = {
     "bert": _bert,
     "roberta": _roberta,
     "xlm-roberta": _roberta,
+    "camembert": _roberta,
     "distilbert": _distilbert,
     "deberta-v2": _deberta,
 }

@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "bert, silu": ("Bert", {**_BERT, "hidden_act": "silu"}),
     "roberta": ("Roberta", {**_BERT, "type_vocab_size": 1}),
     "xlm-roberta": ("XLMRoberta", {**_BERT, "type_vocab_size": 1}),
+    "camembert": ("Camembert", {**_BERT, "type_vocab_size": 1}),
     "roberta, two types": ("Roberta", {**_BERT, "type_vocab_size": 2}),
     "distilbert": ("DistilBert", _DISTILBERT),
     "deberta-v3": ("DebertaV2", {**_BERT, **_V3}),
