@@ -14,7 +14,8 @@ from typing import Any
 from lora2edge.backends.gguf.container import Metadata
 from lora2edge.backends.gguf.mix import Shape
 from lora2edge.backends.gguf.rope import local_theta
-from lora2edge.errors import CheckpointError, InputError, UnsupportedError
+from lora2edge.checkpoint.values import count, need
+from lora2edge.errors import InputError, UnsupportedError
 
 Config = Mapping[str, Any]
 
@@ -96,22 +97,6 @@ def find_architecture(config: Config) -> Architecture:
         why="its tensors would have to be mapped, and its graph checked against llama.cpp's",
         hint="known: " + ", ".join(ARCHITECTURES) + (f" (nearest: {close[0]})" if close else ""),
     )
-
-
-def need(config: Config, key: str) -> Any:
-    """A value that config.json must have. Raises CheckpointError."""
-    value = config.get(key)
-    if value is None:
-        raise CheckpointError("config-key", f"config.json has no {key}", why="llama.cpp must be told")
-    return value
-
-
-def count(config: Config, key: str) -> int:
-    """A positive whole number that config.json must have. Raises CheckpointError."""
-    value = need(config, key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError("config-key", f"{key} is {value!r} in config.json", why="a positive number is needed")
-    return value
 
 
 def _layer_kinds(config: Config, layers: int, period: int) -> list[InputError]:

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora2edge.backends.gguf.architectures import Architecture, Config, count, find_architecture, need
+from lora2edge.backends.gguf.architectures import Architecture, Config, find_architecture
 from lora2edge.backends.gguf.container import Metadata
 from lora2edge.backends.gguf.mix import Shape, order_key
 from lora2edge.backends.gguf.rope import Rope, read_rope, rotary_fraction
 from lora2edge.checkpoint.tying import says_tied
+from lora2edge.checkpoint.values import count, first_names, need
 from lora2edge.contracts import TensorInfo
 from lora2edge.errors import CheckpointError, InputError, UnsupportedError, refuse
 
@@ -242,7 +243,7 @@ def _place(
         errors.append(
             CheckpointError(
                 "gguf-shape",
-                f"shapes do not follow from config.json: {_some(wrong)}",
+                f"shapes do not follow from config.json: {first_names(wrong)}",
                 why="one of both is another model's",
             )
         )
@@ -264,7 +265,7 @@ def _accounts(
         errors.append(
             UnsupportedError(
                 "gguf-tensor",
-                f"{len(unknown)} tensors have no place in llama.cpp's {architecture.name}: {_some(unknown)}",
+                f"{len(unknown)} tensors have no place in llama.cpp's {architecture.name}: {first_names(unknown)}",
                 why="leaving them out would give another model",
             )
         )
@@ -272,15 +273,11 @@ def _accounts(
         errors.append(
             CheckpointError(
                 "gguf-tensor-missing",
-                f"{len(missing)} tensors are missing: {_some(missing)}",
+                f"{len(missing)} tensors are missing: {first_names(missing)}",
                 why="config.json and the architecture need them",
             )
         )
     return errors
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def layer_of(name: str) -> int | None:

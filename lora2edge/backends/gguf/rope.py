@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora2edge.backends.gguf.container import Metadata
+from lora2edge.checkpoint.values import rope_kind, rope_number
 from lora2edge.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def read_rope(config: Mapping[str, Any], known: frozenset[str], dimensions: int,
         )
     if kind == "linear":
         metadata["rope.scaling.type"] = ("str", "linear")
-        metadata["rope.scaling.factor"] = ("f32", _number(params, "factor"))
+        metadata["rope.scaling.factor"] = ("f32", rope_number(params, "factor"))
         return Rope(metadata)
     if kind == "yarn":
         return Rope({**metadata, **_yarn(params, context)})
@@ -90,17 +91,8 @@ def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _kind(params: Mapping[str, Any]) -> str:
-    kind = str(params.get("rope_type") or params.get("type") or "default").lower()
+    kind = rope_kind(params)
     return "longrope" if kind == "su" else kind
-
-
-def _number(params: Mapping[str, Any], key: str) -> float:
-    value = params.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise CheckpointError(
-            "config-key", f"the rope's {key} of config.json is {value!r}", why="a positive number was expected"
-        )
-    return float(value)
 
 
 def _yarn(params: Mapping[str, Any], context: int) -> Metadata:
@@ -116,7 +108,7 @@ def _yarn(params: Mapping[str, Any], context: int) -> Metadata:
             "YaRN with mscale, mscale_all_dim or truncate: false",
             why="llama.cpp's graph for this architecture does not read them",
         )
-    factor = _number(params, "factor")
+    factor = rope_number(params, "factor")
     original = int(params.get("original_max_position_embeddings") or context)
     metadata: Metadata = {
         "rope.scaling.type": ("str", "yarn"),
@@ -132,8 +124,8 @@ def _yarn(params: Mapping[str, Any], context: int) -> Metadata:
 
 def _llama3(params: Mapping[str, Any], theta: float, dimensions: int) -> FloatArray:
     """Divisors of Llama 3.1: long waves by `factor`, short ones not, a ramp between."""
-    factor, low, high = (_number(params, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = _number(params, "original_max_position_embeddings")
+    factor, low, high = (rope_number(params, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = rope_number(params, "original_max_position_embeddings")
     wave = 2 * math.pi * theta ** (np.arange(0, dimensions, 2, dtype=np.float64) / dimensions)
     smooth = (original / wave - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
