@@ -1,0 +1,430 @@
+"""Reads which encoder a checkpoint is: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, DeBERTa-v2 and v3 with a classifier.
+
+As transformers 5 computes them. Whatever is not known is refused, and so is a tensor that has no place.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora2edge.errors import CheckpointError, InputError, UnsupportedError, refuse
+from lora2edge.graph.encoder import (
+    Activation,
+    Embeddings,
+    Encoder,
+    Head,
+    Layer,
+    Linear,
+    Norm,
+    Relative,
+    Role,
+    Rows,
+)
+
+if TYPE_CHECKING:
+    from lora2edge.contracts import Task, TensorInfo
+
+TASKS: tuple[Task, ...] = ("sequence-classification", "token-classification")
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu-tanh", "gelu_fast": "gelu-tanh",
+    "gelu_pytorch_tanh": "gelu-tanh", "gelu_python_tanh": "gelu-tanh", "relu": "relu", "tanh": "tanh",
+    "silu": "silu", "swish": "silu",
+}  # fmt: skip
+"""transformers' name → ours."""
+UNUSED = (
+    "*.embeddings.position_ids", "*.embeddings.token_type_ids",  # buffers that older versions saved
+    "*.pooler.dense.*", "pooler.dense.*",  # of the pre-training, where the classifier has a head of its own
+    "cls.*", "lm_head.*", "lm_predictions.*", "mask_predictions.*", "vocab_transform.*", "vocab_layer_norm.*",
+    "vocab_projector.*",  # heads of the pre-training
+    "deberta.embeddings.position_embeddings.weight",  # stored, and not used, by DeBERTa-v3
+)  # fmt: skip
+"""Tensors that need no place, as patterns."""
+
+
+def describe_encoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], task: Task) -> Encoder:
+    """The encoder that `config` and `tensors` speak of; reads no weight.
+
+    Raises UnsupportedError `onnx-architecture` for what is not known (another kind of model may still be written by
+    another tool), CheckpointError for a checkpoint that is not whole; Refusals for several of them.
+    """
+    family = str(config.get("model_type"))
+    if family not in _FAMILIES:
+        raise _unknown(f"model_type is {family}", f"known encoders: {', '.join(sorted(_FAMILIES))}")
+    if task not in TASKS:
+        raise _unknown(f"the {family} checkpoint is for {task}", f"encoders are written for {' and '.join(TASKS)}")
+    given = _Given(config, tensors, task)
+    found = _FAMILIES[family](given)
+    given.finish()
+    return found
+
+
+def _unknown(what: str, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        "onnx-architecture", what, why=why, hint="choose a target of another backend, or a base of a known architecture"
+    )
+
+
+class _Given:
+    """Config and tensors, with a note of every problem, and of every tensor that found its place."""
+
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], task: Task) -> None:
+        self.config, self.task = config, task
+        self._tensors = tensors
+        self._used: set[str] = set()
+        self._missing: list[str] = []
+        self._problems: list[InputError] = []
+
+    @property
+    def is_sequence(self) -> bool:
+        return self.task == "sequence-classification"
+
+    @property
+    def names(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def whole(self, key: str, default: int, least: int = 1) -> int:
+        """A whole number of the config."""
+        value = self.config.get(key)
+        if value is None:
+            return default
+        if type(value) is not int or not least <= value < 1 << 31:
+            self._bad(key, value, f"a whole number of at least {least}")
+            return default
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A number of the config above 0."""
+        value = self.config.get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            self._bad(key, value, "a finite number above 0")
+            return default
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.config.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self._bad(key, value, "true or false")
+            return default
+        return value
+
+    def activation(self, key: str) -> Activation:
+        name = self.config.get(key) or "gelu"
+        if name not in _ACTIVATIONS:
+            self.refuse(f"{key} is {name}", f"known activations: {', '.join(sorted(_ACTIVATIONS))}")
+        return _ACTIVATIONS.get(str(name), "gelu")
+
+    def refuse(self, what: str, why: str) -> None:
+        self._problems.append(_unknown(f"in the {self.config.get('model_type')} checkpoint, {what}", why))
+
+    def take(self, name: str, *shape: int) -> str:
+        """The name in the files of a tensor of this shape; 0 stands for any length."""
+        # The first checkpoints of BERT came from TensorFlow, whose norms have a gamma and a beta.
+        old = name.removesuffix(".weight") + ".gamma" if name.endswith(".weight") else name[: -len(".bias")] + ".beta"
+        name = old if name not in self._tensors and "LayerNorm" in name and old in self._tensors else name
+        info = self._tensors.get(name)
+        if info is None:
+            self._missing.append(name)
+            return name
+        self._used.add(name)
+        if len(info.shape) != len(shape) or any(b not in (0, a) for a, b in zip(info.shape, shape, strict=True)):
+            wanted = ", ".join(str(length or "any") for length in shape)
+            self._problems.append(
+                CheckpointError(
+                    "tensor-shape",
+                    f"{name} is of shape {list(info.shape)}, not [{wanted}]",
+                    why="config.json gives the sizes",
+                    hint="config and weights are from different saves: download or save all of them again",
+                )
+            )
+        return name
+
+    def rows(self, name: str) -> int:
+        """First length of a tensor."""
+        info = self._tensors.get(name)
+        return info.shape[0] if info and info.shape else 0
+
+    def linear(
+        self, name: str, rows: int, columns: int, role: Role, layer: int | None = None, *, bias: bool = True
+    ) -> Linear:
+        weight = self.take(f"{name}.weight", rows, columns)
+        return Linear(weight, self.take(f"{name}.bias", rows) if bias else None, rows, columns, role, layer)
+
+    def classifier(self, name: str, columns: int) -> Linear:
+        """The last matrix, whose rows are the classes."""
+        rows = self.rows(f"{name}.weight")
+        labels = self.config.get("id2label")
+        if isinstance(labels, dict) and rows and len(labels) != rows:
+            self._problems.append(
+                CheckpointError(
+                    "label-count",
+                    f"{name}.weight has {rows} rows, config.json names {len(labels)} labels",
+                    why="each row is the score of a label",
+                    hint="correct id2label in config.json",
+                )
+            )
+        return self.linear(name, rows, columns, "classifier")
+
+    def norm(self, name: str, size: int, epsilon: float) -> Norm:
+        return Norm(self.take(f"{name}.weight", size), self.take(f"{name}.bias", size), size, epsilon)
+
+    def table(self, name: str, rows: int, columns: int) -> Rows:
+        return Rows(self.take(f"{name}.weight", rows, columns), rows or self.rows(f"{name}.weight"), columns)
+
+    def finish(self) -> None:
+        """Raises what was found wrong."""
+        if self._missing:
+            self._problems.append(
+                CheckpointError(
+                    "missing-tensors",
+                    f"the checkpoint lacks {_shown(self._missing)}",
+                    why="the model cannot be computed without; it would run on random numbers",
+                    hint="download or save the checkpoint again",
+                )
+            )
+        left = [name for name in self._tensors if name not in self._used and not _is_unused(name)]
+        if left:
+            self.refuse(f"no place is known for {_shown(left)}", "a model written without them might be another one")
+        refuse(self._problems)
+
+    def _bad(self, key: str, value: Any, expected: str) -> None:
+        self._problems.append(
+            CheckpointError(
+                "bad-config",
+                f"{key} is {value!r} in config.json",
+                why=f"expected {expected}",
+                hint=f"download or save it again, or correct {key}",
+            )
+        )
+
+
+def _is_unused(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in UNUSED)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def _bert(given: _Given) -> Encoder:
+    """https://arxiv.org/abs/1810.04805"""
+    return _like_bert(given, "bert", None)
+
+
+def _roberta(given: _Given) -> Encoder:
+    """https://arxiv.org/abs/1907.11692; XLM-RoBERTa, https://arxiv.org/abs/1911.02116, differs by its vocabulary."""
+    return _like_bert(given, "roberta", given.whole("pad_token_id", 1, least=0))
+
+
+def _like_bert(given: _Given, prefix: str, padding: int | None) -> Encoder:
+    hidden, heads = given.whole("hidden_size", 768), given.whole("num_attention_heads", 12)
+    epsilon, places = given.number("layer_norm_eps", 1e-12), given.whole("max_position_embeddings", 512)
+    kind = given.config.get("position_embedding_type")
+    if kind not in (None, "absolute"):
+        given.refuse(f"position_embedding_type is {kind}", "positions are added to the embeddings (absolute) only")
+    if given.flag("is_decoder", False) or given.flag("add_cross_attention", False):
+        given.refuse("is_decoder or add_cross_attention is true", "each token of an encoder sees all others")
+    _check_heads(given, hidden, heads)
+    at = f"{prefix}.embeddings"
+    embeddings = Embeddings(
+        given.table(f"{at}.word_embeddings", 0, hidden),
+        given.table(f"{at}.position_embeddings", places, hidden),
+        padding,
+        given.table(f"{at}.token_type_embeddings", given.whole("type_vocab_size", 2), hidden),
+        None,
+        given.norm(f"{at}.LayerNorm", hidden, epsilon),
+    )
+    layers = [
+        _layer(given, f"{prefix}.encoder.layer.{number}", number, ("query", "key", "value"), hidden, epsilon)
+        for number in range(given.whole("num_hidden_layers", 12))
+    ]
+    head = (
+        _head(given, "classifier", hidden, None, "tanh")
+        if not given.is_sequence
+        else _head(given, "classifier", hidden, f"{prefix}.pooler.dense", "tanh")
+        if padding is None
+        else _head(given, "classifier.out_proj", hidden, "classifier.dense", "tanh")
+    )
+    return _encoder(
+        given, embeddings, layers, heads, head, max_length=places if padding is None else places - padding - 1
+    )
+
+
+def _distilbert(given: _Given) -> Encoder:
+    """https://arxiv.org/abs/1910.01108"""
+    hidden, heads, wide = given.whole("dim", 768), given.whole("n_heads", 12), given.whole("hidden_dim", 3072)
+    places, epsilon = given.whole("max_position_embeddings", 512), 1e-12
+    _check_heads(given, hidden, heads)
+    at = "distilbert.embeddings"
+    embeddings = Embeddings(
+        given.table(f"{at}.word_embeddings", 0, hidden),
+        given.table(f"{at}.position_embeddings", places, hidden),
+        None,
+        None,
+        None,
+        given.norm(f"{at}.LayerNorm", hidden, epsilon),
+    )
+    layers = []
+    for number in range(given.whole("n_layers", 6)):
+        at = f"distilbert.transformer.layer.{number}"
+        layers.append(
+            Layer(
+                query=given.linear(f"{at}.attention.q_lin", hidden, hidden, "query", number),
+                key=given.linear(f"{at}.attention.k_lin", hidden, hidden, "key", number),
+                value=given.linear(f"{at}.attention.v_lin", hidden, hidden, "value", number),
+                output=given.linear(f"{at}.attention.out_lin", hidden, hidden, "attention-output", number),
+                attention_norm=given.norm(f"{at}.sa_layer_norm", hidden, epsilon),
+                up=given.linear(f"{at}.ffn.lin1", wide, hidden, "up", number),
+                down=given.linear(f"{at}.ffn.lin2", hidden, wide, "down", number),
+                norm=given.norm(f"{at}.output_layer_norm", hidden, epsilon),
+            )
+        )
+    head = _head(given, "classifier", hidden, "pre_classifier" if given.is_sequence else None, "relu")
+    return _encoder(given, embeddings, layers, heads, head, max_length=places, activation="activation")
+
+
+def _deberta(given: _Given) -> Encoder:
+    """DeBERTa-v2, https://arxiv.org/abs/2006.03654, and v3, https://arxiv.org/abs/2111.09543: one graph."""
+    hidden, heads = given.whole("hidden_size", 1536), given.whole("num_attention_heads", 24)
+    epsilon, places = given.number("layer_norm_eps", 1e-7), given.whole("max_position_embeddings", 512)
+    width, kinds = given.whole("embedding_size", hidden), given.whole("type_vocab_size", 0, least=0)
+    if given.whole("conv_kernel_size", 0, least=0):
+        given.refuse("conv_kernel_size is set", "the convolution behind the first layer is not written")
+    if given.whole("attention_head_size", hidden // heads) * heads != hidden:
+        given.refuse("attention_head_size is set", f"heads of {hidden} / {heads} values are written")
+    _check_heads(given, hidden, heads)
+    at = "deberta.embeddings"
+    embeddings = Embeddings(
+        given.table(f"{at}.word_embeddings", 0, width),
+        given.table(f"{at}.position_embeddings", places, width) if given.flag("position_biased_input", True) else None,
+        None,
+        given.table(f"{at}.token_type_embeddings", kinds, width) if kinds else None,
+        given.linear(f"{at}.embed_proj", hidden, width, "embedding", bias=False) if width != hidden else None,
+        given.norm(f"{at}.LayerNorm", hidden, epsilon),
+    )
+    terms = _attention_terms(given)
+    relative = _relative(given, terms, hidden, epsilon, places) if given.flag("relative_attention", False) else None
+    own = () if relative is None or given.flag("share_att_key", False) else terms
+    names = ("query_proj", "key_proj", "value_proj")
+    layers = [
+        _layer(given, f"deberta.encoder.layer.{number}", number, names, hidden, epsilon, own)
+        for number in range(given.whole("num_hidden_layers", 24))
+    ]
+    head = (
+        _head(given, "classifier", hidden, "pooler.dense", given.activation("pooler_hidden_act"))
+        if given.is_sequence
+        else _head(given, "classifier", hidden, None, "gelu")
+    )
+    scale = 1 / math.sqrt(max(hidden // heads, 1) * (1 + len(terms)))
+    uses_relative = relative if terms else None
+    return _encoder(
+        given, embeddings, layers, heads, head, max_length=places, scale=scale, relative=uses_relative
+    )  # fmt: skip
+
+
+def _attention_terms(given: _Given) -> tuple[str, ...]:
+    """`c2p` and `p2c` where they are on."""
+    kinds = given.config.get("pos_att_type") or []
+    kinds = [kind.strip() for kind in kinds.lower().split("|")] if isinstance(kinds, str) else kinds
+    if not isinstance(kinds, list) or any(kind not in ("c2p", "p2c") for kind in kinds):
+        given.refuse(f"pos_att_type is {given.config.get('pos_att_type')}", "known: c2p, p2c")
+        return ()
+    return tuple(kind for kind in ("c2p", "p2c") if kind in kinds)
+
+
+def _relative(given: _Given, terms: tuple[str, ...], hidden: int, epsilon: float, places: int) -> Relative:
+    buckets = given.whole("position_buckets", -1, least=-1)
+    farthest = given.whole("max_relative_positions", -1, least=-1)
+    farthest = places if farthest < 1 else farthest
+    if 0 < buckets < 4 or (buckets > 0 and farthest <= buckets // 2 + 1):
+        given.refuse(f"position_buckets is {buckets}, distances reach {farthest}", "no distance would share a bucket")
+        buckets = 0
+    half = buckets if buckets > 0 else farthest
+    norms = str(given.config.get("norm_rel_ebd") or "none").lower().split("|")
+    return Relative(
+        given.table("deberta.encoder.rel_embeddings", 2 * half, hidden),
+        given.norm("deberta.encoder.LayerNorm", hidden, epsilon)
+        if "layer_norm" in [name.strip() for name in norms]
+        else None,
+        max(buckets, 0),
+        farthest,
+        "c2p" in terms,
+        "p2c" in terms,
+    )
+
+
+def _layer(given: _Given, at: str, number: int, names: tuple[str, str, str], hidden: int, epsilon: float,
+           own: tuple[str, ...] = ()) -> Layer:  # fmt: skip
+    """A layer as BERT names it. `own`: terms of disentangled attention with matrices of their own."""
+    wide = given.whole("intermediate_size", 4 * hidden)
+    query, key, value = (f"{at}.attention.self.{name}" for name in names)
+    self = f"{at}.attention.self"
+    return Layer(
+        query=given.linear(query, hidden, hidden, "query", number),
+        key=given.linear(key, hidden, hidden, "key", number),
+        value=given.linear(value, hidden, hidden, "value", number),
+        output=given.linear(f"{at}.attention.output.dense", hidden, hidden, "attention-output", number),
+        attention_norm=given.norm(f"{at}.attention.output.LayerNorm", hidden, epsilon),
+        up=given.linear(f"{at}.intermediate.dense", wide, hidden, "up", number),
+        down=given.linear(f"{at}.output.dense", hidden, wide, "down", number),
+        norm=given.norm(f"{at}.output.LayerNorm", hidden, epsilon),
+        position_key=given.linear(f"{self}.pos_key_proj", hidden, hidden, "position-key", number)
+        if "c2p" in own
+        else None,
+        position_query=given.linear(f"{self}.pos_query_proj", hidden, hidden, "position-query", number)
+        if "p2c" in own
+        else None,
+    )
+
+
+def _head(given: _Given, classifier: str, hidden: int, dense: str | None, activation: Activation) -> Head:
+    pooler = given.linear(dense, hidden, hidden, "pooler") if dense else None
+    return Head(pooler, activation, given.classifier(classifier, hidden))
+
+
+def _encoder(
+    given: _Given,
+    embeddings: Embeddings,
+    layers: list[Layer],
+    heads: int,
+    head: Head,
+    *,
+    max_length: int,
+    scale: float | None = None,
+    relative: Relative | None = None,
+    activation: str = "hidden_act",
+) -> Encoder:
+    if max_length < 1:
+        given.refuse(f"max_position_embeddings leaves {max_length} positions", "a text has at least one token")
+    return Encoder(
+        family=str(given.config.get("model_type")),
+        task=given.task,
+        embeddings=embeddings,
+        layers=tuple(layers),
+        heads=heads,
+        scale=scale or 1 / math.sqrt(max(embeddings.norm.size // heads, 1)),
+        activation=given.activation(activation),
+        relative=relative,
+        head=head,
+        max_length=max_length,
+    )
+
+
+def _check_heads(given: _Given, hidden: int, heads: int) -> None:
+    if hidden % heads:
+        given.refuse(f"hidden_size {hidden} is not a multiple of {heads} heads", "each head has as many values")
+
+
+_FAMILIES: Mapping[str, Callable[[_Given], Encoder]] = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "xlm-roberta": _roberta,
+    "distilbert": _distilbert,
+    "deberta-v2": _deberta,
+}
