@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -495,6 +495,19 @@ class Backend(Protocol):
 
     def doctor(self) -> BackendHealth:
         """Whether this backend works here, and why not. Never raises."""
+        ...
+
+
+@runtime_checkable
+class Finalizing(Protocol):
+    """What a backend may offer besides: work that can only be done on the machine that runs the artifact."""
+
+    def finalize(self, path: Path, target: Target, progress: Progress) -> Mapping[str, Any]:
+        """Writes into the artifact's folder what `open` then prefers, with a stamp of what it is for; whole or not at
+        all. The artifact's own files stay as they are.
+
+        Returns at least `folder` (where it was written), `size_bytes`, and `reused`: whether it was there already.
+        """
         ...
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from lora2edge.adapters import read_adapter
 from lora2edge.artifact import is_intact, lower_here, open_artifact
+from lora2edge.backends.base import load_backend
 from lora2edge.bench.machine import describe
 from lora2edge.build import describe_plan, survey_whole
 from lora2edge.cache import Cache
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.contracts import Artifact, Progress
-from lora2edge.errors import InputError, refuse
+from lora2edge.contracts import Artifact, Finalizing, Progress
+from lora2edge.errors import InputError, UnsupportedError, refuse
 from lora2edge.forecast import compare_names
 from lora2edge.merge_base import as_built, refuse_unmeasured, same_choice
 from lora2edge.output import check_replaceable
@@ -116,6 +117,26 @@ def bench_artifact(path: Path, options: dict[str, Any], scenarios: list[str], *,
     }
 
 
+def finalize_artifact(path: Path, *, progress: Progress) -> dict[str, Any]:
+    """Prepares the artifact in `path` for the machine that this runs on; what that means, its backend knows.
+
+    Raises UnsupportedError, code `nothing-to-finalize`, for backends whose artifacts run everywhere as they are.
+    """
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    backend = load_backend(manifest.backend)
+    if not isinstance(backend, Finalizing):
+        raise UnsupportedError(
+            "nothing-to-finalize",
+            f"{path} is ready as it is",
+            why=f"artifacts of the backend {manifest.backend} hold nothing that depends on the machine",
+        )
+    if not is_intact(artifact):
+        raise _changed(path)
+    result = backend.finalize(path, Target.model_validate(dict(manifest.options)), progress)
+    return {"artifact": str(path), "target": manifest.target, **result}
+
+
 def inspect(path: Path, base: str | None = None) -> dict[str, Any]:
     """What the folder `path` holds: an artifact, an adapter or a checkpoint. Reads no weight.
 
@@ -171,12 +192,7 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
             "no-data", "there is no text to measure on", why=f"{resolved} does not exist", hint="--data FILE.jsonl"
         )
     if not is_intact(artifact):
-        raise InputError(
-            "artifact-changed",
-            f"{path} does not hold what its manifest says",
-            why="the sha256 of a file differs: it was damaged or changed since it was built",
-            hint="build it again",
-        )
+        raise _changed(path)
     stored = dict(artifact.manifest.options)
     stored["scenarios"] = scenarios or stored["scenarios"] or ["chat"]
     target = Target.model_validate(stored)
@@ -196,3 +212,12 @@ def _plan_for(path: Path, options: dict[str, Any], scenarios: list[str] | None =
             hint="name the ones that it was made from, as they were named then: --base DIR --adapter DIR[=WEIGHT]",
         )
     return artifact, plan
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(
+        "artifact-changed",
+        f"{path} does not hold what its manifest says",
+        why="the sha256 of a file differs: it was damaged or changed since it was built",
+        hint="build it again",
+    )

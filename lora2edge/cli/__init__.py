@@ -14,7 +14,7 @@ import click
 from lora2edge import __version__
 from lora2edge.errors import EXIT_INPUT, EXIT_INTERRUPTED, Lora2EdgeError
 
-_VERBS = ("build", "merge", "lower", "measure", "bench", "targets", "doctor", "inspect", "cache")
+_VERBS = ("build", "merge", "lower", "measure", "bench", "finalize", "targets", "doctor", "inspect", "cache")
 
 
 class _Verbs(click.Group):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from lora2edge.checkpoint import read_json_file, read_tokenizer_file, tokenizer_files
 from lora2edge.contracts import TokenizerFiles
 from lora2edge.errors import InputError
+
+_POSITIONS = "max_position_embeddings"
+_COUNTS_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,15 @@ def most_positions(folder: Path) -> int | None:
     for source, key in ((genai, "context_length"), (text, _POSITIONS), (config, _POSITIONS)):
         found = source.get(key) if isinstance(source, dict) else None
         if isinstance(found, int) and found > 0:
-            return found
+            return found - _first_position(config)
     return None
+
+
+def _first_position(config: Mapping[str, Any]) -> int:
+    """RoBERTa and its kin begin to count behind the padding token's id."""
+    if config.get("model_type") not in _COUNTS_FROM_PADDING:
+        return 0
+    return int(config["pad_token_id"]) + 1 if _is_id(config.get("pad_token_id")) else 0
 
 
 def padding_of(folder: Path) -> Padding | None:
@@ -110,6 +120,3 @@ def _token_id(files: TokenizerFiles, name: str) -> int | None:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-_POSITIONS = "max_position_embeddings"
