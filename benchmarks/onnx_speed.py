@@ -111,7 +111,7 @@ def bytes_per_token(folder: Path) -> int:
         for tensor in model.graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
-    return sum(size for name, size in sizes.items() if name in used and "cache" not in name)
+    return sum(size for name, size in sizes.items() if name in used and not name.startswith(("cosines", "sines")))
 
 
 class Worker:
@@ -165,7 +165,8 @@ def prepare(model: Path, folder: Path) -> dict[str, tuple[str, Path]]:
         merge(model, folder / "merged")
     for name, more in (("builder", ()), ("builder-fused", ("fuse_mlp_gate_up=true",))):
         if not (folder / name).exists():
-            subprocess.run(builder(folder / "merged", folder / name, folder / "cache", *more), check=True)
+            command = builder(folder / "merged", folder / name, folder / "cache", *more)
+            subprocess.run(command, check=True, capture_output=True)
     return {
         "ours": ("genai", folder / "int4"),
         "builder": ("genai", folder / "builder"),

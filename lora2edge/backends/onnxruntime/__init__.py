@@ -119,7 +119,9 @@ class OnnxRuntimeBackend:
             )
         from lora2edge.backends.onnxruntime.classifier import open_classifier
 
-        return open_classifier(path, device=device, threads=options.threads, weights=target.precision)
+        return open_classifier(
+            path, device=device, threads=options.threads, max_length=options.max_length, weights=target.precision
+        )
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:
         """What rounding did to each matrix, from the finished files."""
