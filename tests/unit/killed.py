@@ -26,6 +26,7 @@ from lora2edge.backends.hf import backend as hf_backend
 from lora2edge.backends.hf import write as hf_write
 from lora2edge.contracts import AdapterRef, CheckpointRef
 from lora2edge.directio import BLOCK
+from lora2edge.graph import write as graph_write
 from lora2edge.progress import SILENT
 from lora2edge.target import load_target
 
@@ -81,7 +82,7 @@ def in_child(work: Callable[[], int]) -> tuple[int, int]:
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     journal.SYNC_BYTES = request["sync_bytes"]
-    gguf_write.SLAB_ELEMENTS = hf_write.SLAB_ELEMENTS = 4000
+    gguf_write.SLAB_ELEMENTS = hf_write.SLAB_ELEMENTS = graph_write.SLAB_ELEMENTS = 4000
     hf_write.COPY_BYTES = 20_000
     hf_backend.write_checkpoint = partial(hf_backend.write_checkpoint, shard_bytes=request["shard_bytes"])
     root, target = Path(request["root"]), load_target(request["target"])

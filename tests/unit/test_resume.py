@@ -32,14 +32,16 @@ KEY = "0123456789abcdef0123"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("resume")
-    base = make_checkpoint(root / "base", "qwen2", hidden=64, layers=2, shards=2)
+    base = make_checkpoint(root / "base", "qwen2", hidden=128, layers=2, shards=2)
     return base, make_adapter(root / "adapter", base)
 
 
 # ---------------------------------------------------------------- kill -9
 
 
-@pytest.mark.parametrize(("target", "shard_bytes"), [("hf/merged", 50_000), ("gguf/q8_0", 0)])
+@pytest.mark.parametrize(
+    ("target", "shard_bytes"), [("hf/merged", 50_000), ("gguf/q8_0", 0), ("onnxruntime/cpu-int8", 0)]
+)
 def test_kill_at_random_moments(made: tuple[Path, Path], tmp_path: Path, target: str, shard_bytes: int) -> None:
     random.seed(f"{target} 4")
     moments = [0.0, 1.0, *(random.random() for _ in range(10))]

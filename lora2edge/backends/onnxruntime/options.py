@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -111,6 +111,8 @@ def read_options(target: Target) -> tuple[Precision, Options]:
         )
     refuse(errors)
     assert precision and options
+    if target.device == "cuda" and precision.form == "block":
+        precision = replace(precision, float_type="float16")
     return precision, options
 
 

@@ -87,9 +87,9 @@ def nearest_blocks(weights: FloatArray, form: BlockFormat, scale_dtype: ScaleDty
     high, low = blocks.max(-1), blocks.min(-1)
     scales = _stored(np.where(high > -low, high, low) / np.float32(-half), scale_dtype)
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    scaled = blocks * inverse[..., None]
-    scaled += np.float32(half + 0.5)
     with np.errstate(invalid="ignore"):  # what is not finite is refused by its scale
+        scaled = blocks * inverse[..., None]
+        scaled += np.float32(half + 0.5)
         codes = np.clip(scaled, 0, 2 * half - 1, out=scaled).astype(np.uint8)
     return pack(codes.reshape(rows, columns), form), scales
 

@@ -18,30 +18,14 @@ import transformers
 from lora2edge.adapters import MergedCheckpoint, open_view
 from lora2edge.backends.gguf import GgufBackend
 from lora2edge.backends.gguf.rounding import BlockEncoder
-from lora2edge.calibration import StoredCalibration, calibrate
+from lora2edge.calibration import StoredCalibration
 from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
-from lora2edge.contracts import Checkpoint, CheckpointRef, Item, Machine, Sample, SessionOptions
+from lora2edge.contracts import CheckpointRef, Machine, Sample, SessionOptions
 from lora2edge.errors import InputError, TargetError
-from lora2edge.progress import SILENT
 from lora2edge.texts import Renderer, read_items
 from tests.tiny import make_checkpoint
+from tests.unit.backends.even import calibrated, make_even, texts
 from tests.unit.backends.gguf.lowering import divergence, lower, target
-
-VOCAB = 700
-
-
-def texts(count: int = 24, *, length: int = 40, seed: int = 0) -> list[Sample]:
-    """Samples with a common beginning, of uneven lengths."""
-    generator = np.random.default_rng(seed)
-    start = tuple(generator.integers(0, VOCAB, min(6, length)).tolist())
-    item = Item(({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}))
-    rests = (generator.integers(0, VOCAB, max(length - 6 - index % 7, 0)).tolist() for index in range(count))
-    return [Sample((*start, *rest), 1, item) for rest in rests]
-
-
-def calibrated(view: Checkpoint, folder: Path, samples: list[Sample] | None = None) -> StoredCalibration:
-    folder.mkdir()
-    return calibrate(view, samples or texts(), folder, SILENT, device="cpu", threads=1, layer_inputs=True)
 
 
 def dequantized(file: Path) -> dict[str, Any]:
@@ -54,22 +38,6 @@ def dequantized(file: Path) -> dict[str, Any]:
         )
         for tensor in reader.tensors
     }
-
-
-def make_even(folder: Path, arch: str, **shape: Any) -> Path:
-    """A checkpoint whose activations lie in few directions, as those of trained models do; random ones give GPTQ
-    nothing to spread errors over."""
-    make_checkpoint(folder, arch, hidden=256, heads=4, kv_heads=2, intermediate=512, **shape)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.manual_seed(1)
-    embedding = model.get_input_embeddings().weight
-    with torch.no_grad():
-        directions = torch.randn(24, embedding.shape[1])
-        embedding.copy_(
-            0.3 * torch.randn(len(embedding), 24) @ directions / 24**0.5 + 0.02 * torch.randn(embedding.shape)
-        )
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])

@@ -21,8 +21,8 @@ from lora2edge.journal import resumable_folder
 from lora2edge.progress import SILENT
 from lora2edge.quantize import RoundingLog
 from tests.tiny import make_checkpoint
+from tests.unit.backends.even import calibrated, texts
 from tests.unit.backends.gguf.lowering import target
-from tests.unit.backends.gguf.test_gptq import calibrated, texts
 from tests.unit.killed import in_child
 
 LAYERS = 3
