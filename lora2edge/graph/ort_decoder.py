@@ -93,7 +93,7 @@ class _Writer:
         tied = decoder.is_tied
         name = "head" if tied else "embedding"
         table = decoder.head if tied else Linear(decoder.embedding, 0, decoder.vocab_rows, decoder.hidden)
-        x = self.products.embedding("input_ids", name, table)
+        x = self.products.embedding("input_ids", name, table, is_shared=tied)
         if decoder.embedding_scale is None:
             return x
         return self.graph.op("Mul", x, self.products.scalar("embedding_scale", decoder.embedding_scale))
