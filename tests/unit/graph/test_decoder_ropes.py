@@ -133,6 +133,10 @@ def test_a_rope(tmp_path: Path, name: str) -> None:
     old = as_transformers_4(base, tmp_path / "old")
     assert error_of(reference_logits(reference(old), ids), expected) < CLOSE
     assert describe(old) == lowered.decoder
+    if arch == "phi3":
+        for word in ("su", "yarn"):
+            params = {**lowered.checkpoint.config["rope_parameters"], "rope_type": word}
+            assert describe(base, rope_parameters=params) == lowered.decoder
     # Without the scaling the model is another.
     plain = describe(base, rope_parameters="absent", rope_scaling="absent", rope_theta=9000.0)
     assert plain.layers[0].rope != lowered.decoder.layers[0].rope
