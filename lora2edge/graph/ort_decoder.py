@@ -1,10 +1,11 @@
 """A decoder's graph in ONNX Runtime's dialect: opset 21 and its own operators, which are what makes it fast.
 
-Inputs: `input_ids` int64 `[batch, sequence]`; `attention_mask` int64 `[batch, total]`, whose row sums are the lengths:
-padding is on the right; `past_key_values.{layer}.key` and `.value` `[batch, kv_heads, past, head_dim]`;
-`logits_positions` int64 `[rows, kept]`, which need not be given: rows is 1 or batch, a value below 0 means the last
-real token of the row. Outputs: `logits` float32 `[batch, kept, vocabulary]`; `present.{layer}.key` and `.value`, which
-may be bound to the buffers of the past. Several tokens on a cache: one row at a time.
+Inputs: `input_ids` int64 `[batch, sequence]`; `attention_mask` int64 `[batch, total]`, as wide as the longest row with
+its new tokens, whose row sums are the lengths: padding is on the right; `past_key_values.{layer}.key` and `.value`
+`[batch, kv_heads, past, head_dim]`; `logits_positions` int64 `[rows, kept]`, an initializer that may be overridden:
+rows is 1 or batch, a value below 0 means the last real token of the row. Outputs: `logits` float32 `[batch, kept,
+vocabulary]`; `present.{layer}.key` and `.value`, which may be bound to the buffers of the past. Several tokens on a
+cache: one row at a time.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class _Writer:
         graph.add_input("input_ids", "int64", ("batch", "sequence"))
         graph.add_input("attention_mask", "int64", ("batch", "total"))
         graph.constant("logits_positions", [[-1]], "int64")
+        # onnxruntime-genai allocates a row for every token unless the shape says that there is one.
         graph.add_output("logits", "float32", ("batch", 1, decoder.vocab_rows))
         self._lengths()
         # The residual stream is skip + delta; the addition is part of the next norm.
@@ -91,7 +93,7 @@ class _Writer:
         tied = decoder.is_tied
         name = "head" if tied else "embedding"
         table = decoder.head if tied else Linear(decoder.embedding, 0, decoder.vocab_rows, decoder.hidden)
-        x = self.products.embedding("input_ids", name, table)
+        x = self.products.embedding("input_ids", name, table, is_shared=tied)
         if decoder.embedding_scale is None:
             return x
         return self.graph.op("Mul", x, self.products.scalar("embedding_scale", decoder.embedding_scale))

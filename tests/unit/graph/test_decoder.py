@@ -156,7 +156,13 @@ def test_architectures_that_are_not_known(bases: dict[str, Path]) -> None:
         ("qwen2", {"layer_types": ["full_attention"]}, ["onnx-config"]),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, ["onnx-config"]),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, ["config-key"]),
+        (
+            "qwen2",
+            {"layer_types": "absent", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": None},
+            ["config-key"],
+        ),
         ("gemma2", {"sliding_window": None}, ["config-key"]),
+        ("gemma3", {"layer_types": "absent", "sliding_window_pattern": "LLG"}, ["config-key"]),
         ("llama", {"num_key_value_heads": 3}, ["config-key"]),
         ("llama", {"num_hidden_layers": 1_000_000}, ["config-key"]),
         ("llama", {"hidden_size": "absent"}, ["config-key"]),

@@ -15,7 +15,17 @@ from lora2edge.checkpoint import open_checkpoint
 from lora2edge.errors import CheckpointError, InputError, UnsupportedError
 from lora2edge.graph.decoder import describe_decoder
 from tests.tiny import make_checkpoint
-from tests.unit.graph.decoders import InPlace, error_of, genai_tokens, lower, pad, reference, reference_logits
+from tests.unit.graph.decoders import (
+    InPlace,
+    error_of,
+    genai_tokens,
+    greedy,
+    lower,
+    pad,
+    reference,
+    reference_logits,
+    reference_tokens,
+)
 
 CLOSE = 1e-5
 TOKENS = 100
@@ -123,6 +133,10 @@ def test_a_rope(tmp_path: Path, name: str) -> None:
     old = as_transformers_4(base, tmp_path / "old")
     assert error_of(reference_logits(reference(old), ids), expected) < CLOSE
     assert describe(old) == lowered.decoder
+    if arch == "phi3":
+        for word in ("su", "yarn"):
+            params = {**lowered.checkpoint.config["rope_parameters"], "rope_type": word}
+            assert describe(base, rope_parameters=params) == lowered.decoder
     # Without the scaling the model is another.
     plain = describe(base, rope_parameters="absent", rope_scaling="absent", rope_theta=9000.0)
     assert plain.layers[0].rope != lowered.decoder.layers[0].rope
@@ -130,6 +144,13 @@ def test_a_rope(tmp_path: Path, name: str) -> None:
     step = InPlace(lowered, 1, TOKENS)
     found = [step(ids[:, :30], [30], [range(30)]), *(step(ids[:, t : t + 1], [t + 1]) for t in range(30, 50))]
     assert error_of(np.concatenate(found, 1), short) < CLOSE
+    chunk, past = lowered.all(ids[:, :20])
+    assert error_of(np.concatenate([chunk, lowered.all(ids[:, 20:50], past=past)[0]], 1), short) < CLOSE
+    prompts = np.random.default_rng(5).integers(0, 700, (50, 70)).tolist()
+    tokens = reference_tokens(model, prompts, 5)
+    assert greedy(lowered, prompts, 5) == tokens
+    end = lowered.decoder.vocab_rows - 1  # where genai stops
+    assert genai_tokens(lowered.folder, prompts, 5) == [row[: row.index(end)] if end in row else row for row in tokens]
 
 
 @pytest.mark.parametrize("name", ROPES)
@@ -187,8 +208,6 @@ def test_longrope_that_grows_past_its_switch(tmp_path: Path) -> None:
         new = sequence if len(sequence) == lowered.decoder.recompute_length + 1 else sequence[-1:]
         logits = step([new], [len(sequence)])
     assert sequence == tokens
-    before = genai_tokens(lowered.folder, [ids[0, :50].tolist()], 8)[0]
-    assert len(before) == 8
 
 
 @pytest.mark.parametrize(
