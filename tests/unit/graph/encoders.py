@@ -50,6 +50,11 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {**_BERT, **_V3, "position_buckets": -1, "max_relative_positions": 16, "norm_rel_ebd": "none"},
     ),
     "deberta, narrow embedding": ("DebertaV2", {**_BERT, **_V3, "embedding_size": 16}),
+    "deberta, convolution": ("DebertaV2", {**_BERT, **_V3, "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "deberta, convolution, one layer": (
+        "DebertaV2",
+        {**_BERT, **_V3, "conv_kernel_size": 5, "conv_groups": 4, "num_hidden_layers": 1},
+    ),
     "deberta, absolute": ("DebertaV2", {**_BERT, "relative_attention": False, "position_biased_input": True}),
 }
 TASKS = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
