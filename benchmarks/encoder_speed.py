@@ -196,9 +196,9 @@ def main() -> None:
     for shape in shapes:
         results.append(measure(contenders, shape, options.rounds, options.seconds))
         show(results[-1])
-    if options.results:
-        told = {"family": options.family, "threads": options.threads, "rounds": options.rounds, "shapes": results}
-        write_results(options.results, told)
+        if options.results:
+            told = {"family": options.family, "threads": options.threads, "rounds": options.rounds, "shapes": results}
+            write_results(options.results, told)
 
 
 if __name__ == "__main__":

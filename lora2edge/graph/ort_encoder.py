@@ -26,7 +26,7 @@ from lora2edge.graph.builder import (
     GraphBuilder,
     Part,
 )
-from lora2edge.graph.encoder import Activation, Encoder, Layer, Linear, Norm, Relative, Rows
+from lora2edge.graph.encoder import Activation, Convolution, Encoder, Layer, Linear, Norm, Relative, Rows
 from lora2edge.graph.ranges import ActivationRange
 
 if TYPE_CHECKING:
@@ -92,9 +92,15 @@ class _Writer:
         if encoder.relative:
             self._start_relative(encoder.relative)
         is_sequence = encoder.task == "sequence-classification"
-        x = self._embed()
-        for layer in encoder.layers:
-            x = self._layer(x, layer, is_sequence and layer is encoder.layers[-1])
+        x = embedded = self._embed()
+        for number, layer in enumerate(encoder.layers):
+            is_convolved = encoder.convolution is not None and number == 0
+            first_only = is_sequence and not is_convolved and layer is encoder.layers[-1]
+            x = self._layer(x, layer, first_only)
+            if encoder.convolution and is_convolved:
+                x = self._convolve(embedded, x, encoder.convolution)
+        if is_sequence and not first_only:
+            x = self._first_tokens(x)
         if encoder.head.dense:
             x = self._activate(self._linear(x, encoder.head.dense), encoder.head.activation)
         logits = self._linear(x, encoder.head.classifier)
@@ -159,6 +165,19 @@ class _Writer:
             scale=encoder.scale,
         )  # fmt: skip
         return graph.op("Reshape", attended, self._numbers(-1, layer.value.rows))
+
+    def _convolve(self, embedded: str, x: str, convolution: Convolution) -> str:
+        graph, size = self._graph, convolution.size
+        mask = graph.op("Cast", "attention_mask", to=graph.float_type)
+        embedded = graph.op("Mul", embedded, graph.op("Reshape", mask, self._numbers(-1, 1)))
+        by_value = graph.op("Transpose", graph.op("Reshape", embedded, self._by_text), perm=[0, 2, 1])
+        shape = (size, size // convolution.groups, convolution.kernel)
+        weight = graph.floats(convolution.weight, (Part(convolution.weight, 0, size),), shape)
+        bias = self._vector(convolution.bias, size)
+        pads = [convolution.kernel // 2] * 2
+        found = graph.op("Conv", by_value, weight, bias, pads=pads, group=convolution.groups)
+        found = graph.op("Reshape", graph.op("Transpose", found, perm=[0, 2, 1]), self._numbers(-1, size))
+        return self._norm(graph.op("Add", self._activate(found, convolution.activation), x), convolution.norm)
 
     # --------------------------------------------------- disentangled attention
 
@@ -247,7 +266,8 @@ class _Writer:
     def _shift(self, scores: str) -> str:
         """`[.., n, 2 n]`, where column j of row i is for j + i − n + 1 → `[.., n, n]`, where it is for j.
 
-        Read one row after the other, each row's wanted part begins 2 n − 1 behind that of the row before.
+        Read one row after the other, each row's wanted part begins 2 n − 1 behind that of the row before. That takes a
+        fifth of the time of GatherElements.
         """
         graph = self._graph
         flat = graph.op("Reshape", scores, self._numbers(0, 0, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora2edge.errors import DataError
+from lora2edge.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +48,8 @@ def find_ranges(
     `model`: a graph whose matrices are floats, as `write_ort_encoder` writes it. A batch: the graph's inputs, int64
     `[batch, sequence]`; rows of padding, where the attention mask is 0, are left out. `percentile`: this share of each
     batch's values, and of their negatives, lies within; 100 is minimum and maximum. The widest range of all batches
-    counts. `threads`: 0 means all cores. Raises DataError `no-texts` where there is no batch.
+    counts. `threads`: 0 means all cores. Raises DataError `no-texts` where there is no batch, CheckpointError
+    `not-finite` where the model overflows.
     """
     session, inputs, widths = _open(model, threads)
     ranges: dict[str, tuple[float, float]] = {}
@@ -56,11 +58,22 @@ def find_ranges(
         for values in _run(session, widths, batch):
             for name, array in values.items():
                 low, high = _bounds(_real(array, mask), percentile)
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise _not_finite(next(matrix for matrix, given in inputs.items() if given == name))
                 before = ranges.get(name, (low, high))
                 ranges[name] = min(low, before[0]), max(high, before[1])
     if not ranges:
         raise DataError("no-texts", "no text to find the ranges of activations with", hint="add calibration texts")
     return {matrix: ActivationRange(*ranges[name]) for matrix, name in inputs.items()}
+
+
+def _not_finite(matrix: str) -> CheckpointError:
+    return CheckpointError(
+        "not-finite",
+        f"the input of {matrix} is not finite on a calibration text",
+        why="the model overflows float32, so no scale fits",
+        hint="check base and adapter: were they trained together, and is the adapter's weight right?",
+    )
 
 
 def _open(model: Path, threads: int) -> tuple[Any, dict[str, str], dict[str, int]]:

@@ -56,7 +56,7 @@ def test_every_matrix_is_told_once(given: Callable[..., Given], family: str, tas
     expected = {key: shape for key, shape in stored.items() if key not in tables}
     assert {key: shape for key, shape in expected.items() if ".pooler." not in key or key in told} == told
     assert len(told) == len(encoder.matrices)
-    assert {matrix.layer for matrix in encoder.matrices} == {None, 0, 1}
+    assert {matrix.layer for matrix in encoder.matrices} == {None, *range(config.get("num_hidden_layers", 2))}
     assert encoder.labels == 3 and encoder.task == name
 
 
@@ -85,7 +85,9 @@ def test_longest_text_and_token_types(given: Callable[..., Given]) -> None:
         ("bert", {"model_type": "modernbert"}, "model_type is modernbert"),
         ("bert", {"model_type": None}, "model_type is None"),
         ("distilbert", {"activation": "softmax"}, "activation is softmax"),
-        ("deberta-v3", {"conv_kernel_size": 3}, "conv_kernel_size is set"),
+        ("deberta, convolution", {"conv_kernel_size": 4}, "conv_kernel_size is 4"),
+        ("deberta, convolution", {"conv_groups": 3}, "conv_groups 3"),
+        ("deberta, convolution", {"conv_act": "mish"}, "conv_act is mish"),
         ("deberta-v3", {"pos_att_type": ["c2p", "p2p"]}, "pos_att_type"),
         ("deberta-v3", {"pos_att_type": 3}, "pos_att_type"),
         ("deberta-v3", {"attention_head_size": 4}, "attention_head_size"),
@@ -97,11 +99,13 @@ def test_what_is_not_known_is_refused(
     given: Callable[..., Given], family: str, change: dict[str, Any], words: str
 ) -> None:
     config, tensors, task = given(family)
-    with pytest.raises(UnsupportedError) as caught:
+    with pytest.raises(InputError) as caught:
         describe_encoder({**config, **change}, tensors, task)
-    assert caught.value.code == "onnx-architecture"
-    assert words in caught.value.what
-    assert caught.value.why and caught.value.hint
+    errors = getattr(caught.value, "errors", (caught.value,))
+    found = [error for error in errors if error.code == "onnx-architecture"]
+    assert isinstance(found[0], UnsupportedError)
+    assert words in found[0].what
+    assert found[0].why and found[0].hint
 
 
 def test_other_tasks_are_refused(given: Callable[..., Given]) -> None:
@@ -150,6 +154,19 @@ def test_a_missing_tensor_is_refused(given: Callable[..., Given], name: str) -> 
         describe_encoder(config, tensors, task)
     errors = getattr(caught.value, "errors", (caught.value,))
     assert any(error.code == "missing-tensors" and name in error.what for error in errors)
+
+
+@pytest.mark.parametrize(("family", "key"), [("bert", "num_hidden_layers"), ("distilbert", "n_layers")])
+def test_a_count_that_nothing_has_takes_no_time(given: Callable[..., Given], family: str, key: str) -> None:
+    config, tensors, task = given(family)
+    with pytest.raises(CheckpointError) as caught:
+        describe_encoder({**config, key: 2**31 - 1}, tensors, task)
+    assert caught.value.code == "missing-tensors"
+
+
+def test_no_table_bounds_the_length(given: Callable[..., Given]) -> None:
+    config, tensors, task = given("deberta-v3")
+    assert describe_encoder({**config, "max_position_embeddings": 2**31 - 1}, tensors, task).max_length == 65536
 
 
 @pytest.mark.parametrize(

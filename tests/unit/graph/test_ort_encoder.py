@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora2edge.adapters import open_view
+from lora2edge.contracts import CheckpointRef
 from lora2edge.errors import UnsupportedError
 from lora2edge.graph.builder import BlockFormat, ChannelFormat, FloatFormat, Format
 from lora2edge.graph.encoder import Encoder, Linear
 from lora2edge.graph.ranges import ActivationRange, find_ranges
+from tests.tiny import bpe_tokenizer, randomize, shake_adapter
 from tests.unit.graph.encoders import (
     FAMILIES,
     PAD,
@@ -26,6 +29,7 @@ from tests.unit.graph.encoders import (
     ragged,
     reference,
     run_graph,
+    write_checkpoint,
     write_encoder,
 )
 
@@ -279,3 +283,39 @@ def test_relative_positions_are_computed_at_load(models: Models, form: Format, t
     known = {tensor.name for tensor in graph.initializer}
     assert not [node.name for node in graph.node if node.input and all(name in known for name in node.input if name)]
     assert encoder.relative is not None and encoder.relative.embeddings.name not in known
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "saved"),
+    [
+        ("bert", ["query", "output.dense"], ["classifier", "pooler"]),
+        ("roberta", ["value", "intermediate.dense"], ["classifier"]),
+        ("distilbert", ["q_lin", "lin2"], ["pre_classifier", "classifier"]),
+        ("deberta-v3", ["query_proj", "key_proj"], ["pooler", "classifier"]),
+    ],
+)
+def test_adapter_on_a_language_model(family: str, layers: list[str], saved: list[str], tmp_path: Path) -> None:
+    """From a masked language model and a classifier's adapter, merged as it is written, against the live adapter."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(vocab_size=384, max_position_embeddings=48, num_labels=3,
+                                                    pad_token_id=PAD, **settings)  # fmt: skip
+    base = getattr(transformers, f"{name}ForMaskedLM")(config)
+    randomize(base, 0)
+    base.save_pretrained(tmp_path / "base")
+    bpe_tokenizer(376).save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=layers, modules_to_save=saved, task_type="SEQ_CLS")
+    live = get_peft_model(model, lora).eval()
+    shake_adapter(live)
+    live.save_pretrained(tmp_path / "adapter")
+    view = open_view(CheckpointRef.of(tmp_path / "base", tmp_path / "adapter"))
+    encoder = write_checkpoint(view, tmp_path / "graph")
+    view.close()
+    batch = ragged([30, 4, 11], pairs=True)
+    found = run_graph(open_graph(tmp_path / "graph" / "model.onnx"), batch)
+    assert error(found, reference(live, batch, encoder.has_token_types), batch["attention_mask"]) < 1e-5

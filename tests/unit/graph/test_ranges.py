@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora2edge.errors import DataError
+from lora2edge.errors import CheckpointError, DataError
 from lora2edge.graph.ranges import ActivationRange, find_ranges
 from tests.unit.graph.encoders import TASKS, make_encoder, ragged, reference, write_encoder
 
@@ -65,6 +65,20 @@ def test_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find_ranges(tmp_path / "graph" / "model.onnx", [])
     assert caught.value.code == "no-texts"
+
+
+def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    model = make_encoder(tmp_path, "bert", "token")
+    with torch.no_grad():
+        for name in ("intermediate", "output"):
+            getattr(model.bert.encoder.layer[0], name).dense.weight.mul_(1e30)
+    model.save_pretrained(tmp_path)
+    write_encoder(tmp_path, tmp_path / "graph")
+    with pytest.raises(CheckpointError) as caught:
+        find_ranges(tmp_path / "graph" / "model.onnx", [ragged([9])], threads=1)
+    assert caught.value.code == "not-finite" and "layer.1" in caught.value.what
 
 
 def test_values_come_in_several_runs_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
