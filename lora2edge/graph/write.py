@@ -89,7 +89,7 @@ def write_data(path: Path, graph: Graph, checkpoint: Checkpoint, rounder: Rounde
         done = starts.index(file.size) if file.size else 0
         progress.advance(sum(_size(entry) for entry in entries[:done]))
         work = (slab for index in range(done, len(entries)) for slab in _slabs(entries[index], index))
-        pieces: list[tuple[NDArray[Any], FloatArray]] = []
+        pieces: list[tuple[NDArray[Any] | None, FloatArray]] = []
         for slab, result in in_order(lambda slab: _compute(slab, checkpoint, rounder), work):
             if isinstance(slab.entry, Matrix):
                 assert isinstance(result, tuple)
@@ -216,19 +216,20 @@ def _append_codes(
     file: GrowingFile,
     slab: _Slab,
     result: tuple[NDArray[Any], FloatArray],
-    pieces: list[tuple[NDArray[Any], FloatArray]],
+    pieces: list[tuple[NDArray[Any] | None, FloatArray]],
 ) -> None:
     """Appends codes as they come, but for transposed ones; and, after a matrix's last, its scales."""
     entry = slab.entry
     assert isinstance(entry, Matrix)
-    is_transposed = isinstance(entry.format, ChannelFormat)
     codes, scales = result
-    if not is_transposed:
+    if isinstance(entry.format, ChannelFormat):
+        pieces.append((codes, scales))
+    else:
         file.append(_view(codes))
-    pieces.append((codes if is_transposed else codes[:0], scales))
+        pieces.append((None, scales))
     if slab.is_last:
-        if is_transposed:
-            file.append(_view(np.concatenate([codes for codes, _ in pieces]).T))
+        if waiting := [codes for codes, _ in pieces if codes is not None]:
+            file.append(_view(np.concatenate(waiting).T))
         gap = entry.scales.offset - entry.codes.offset - entry.codes.length
         stacked = np.concatenate([scales for _, scales in pieces])
         file.append(_zeros(gap), _view(_encode(stacked, entry.scales, slab.part.tensor)))
