@@ -159,6 +159,8 @@ class Graph:
     entries: tuple[Entry, ...]
     """In the order of the external file."""
     domains: frozenset[str]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Of the model's metadata, under names that begin with "lora2edge."."""
 
     @property
     def data_bytes(self) -> int:
@@ -188,6 +190,7 @@ class GraphBuilder:
         self._constants: dict[str, NDArray[Any]] = {}
         self._entries: dict[str, Entry] = {}
         self._counts: dict[str, int] = {}
+        self._notes: dict[str, str] = {}
         self._end = 0
 
     def op(self, kind: str, *inputs: str, out: str = "", domain: str = "", **attributes: Any) -> str:
@@ -221,6 +224,10 @@ class GraphBuilder:
         """A small constant; a number stays a scalar."""
         self._constants.setdefault(name, np.array(value, dtype))
         return name
+
+    def note(self, name: str, value: object) -> None:
+        """A fact for whoever runs the model, in its metadata."""
+        self._notes[f"lora2edge.{name}"] = str(value)
 
     def floats(self, name: str, parts: Sequence[Part], shape: Sequence[int], *, shift: float = 0.0,
                dtype: FloatType | None = None) -> str:  # fmt: skip
@@ -263,6 +270,7 @@ class GraphBuilder:
             constants=dict(self._constants),
             entries=tuple(self._entries.values()),
             domains=frozenset(node.domain for node in self._nodes if node.domain),
+            notes=dict(self._notes),
         )
 
     def _unique(self, kind: str) -> str:

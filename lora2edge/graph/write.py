@@ -151,7 +151,7 @@ def onnx_model(graph: Graph, data: str) -> Any:
     opsets = [helper.make_opsetid("", graph.opset), *(helper.make_opsetid(name, 1) for name in sorted(graph.domains))]
     proto = helper.make_graph(nodes, graph.name, inputs, outputs, initializers)
     model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name=PRODUCER)
-    helper.set_model_props(model, {SOURCES: json.dumps(_sources(graph), separators=(",", ":"))})
+    helper.set_model_props(model, {SOURCES: json.dumps(_sources(graph), separators=(",", ":")), **graph.notes})
     return model
 
 
