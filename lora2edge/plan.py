@@ -102,6 +102,7 @@ def plan_build(
     refuse(survey.refusals)
     assert survey.base is not None and survey.bases is not None and survey.merged is not None
     tools = tools_for(survey.merged.task)
+    bounds = [estimate.max_length for estimate in survey.estimates.values() if estimate.max_length]
     return Plan(
         recipe=recipe,
         base=survey.base,
@@ -113,11 +114,7 @@ def plan_build(
         machine=survey.machine,
         threads=survey.threads,
         device=survey.device,
-        max_length=-tools.answer_tokens
-        + min(
-            tools.room(survey.merged),
-            *(estimate.max_length for estimate in survey.estimates.values() if estimate.max_length),
-        ),
+        max_length=min([tools.room(survey.merged), *bounds]) - tools.answer_tokens,
         layer_inputs=any(estimate.layer_inputs for estimate in survey.estimates.values()),
     )
 
