@@ -1,4 +1,4 @@
-"""Tiny classifiers, adapters and labelled data, made by the tests that use them; as tests/tiny.py makes language models.
+"""Tiny classifiers, adapters and labelled data, made by the tests that use them, as tests/tiny.py does language models.
 
 Everything is a pure function of its arguments.
 """

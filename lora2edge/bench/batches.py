@@ -41,7 +41,7 @@ class ClassifyRun:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ClassifyRun:
-        return ClassifyRun(**{**data, "batch_ms": tuple(data["batch_ms"])})
+        return ClassifyRun(data["batch_size"], data["wall_s"], tuple(data["batch_ms"]), data["error"])
 
 
 def run_batches(

@@ -78,8 +78,8 @@ def proof_table(merge: Mapping[str, Any], unit: str = "token") -> Table:
     if merge.get("logit_error") is not None:
         bound = words.figure(merge["bounds"]["logit_error"])
         note += (
-            f" Largest error of a merged logit, float32, unrounded: {words.figure(merge['logit_error'])} of the largest "
-            f"logit (bound {bound})."
+            f" Largest error of a merged logit, float32, unrounded: {words.figure(merge['logit_error'])} of the "
+            f"largest logit (bound {bound})."
         )
     if merge.get("reference"):
         note += (
@@ -112,7 +112,8 @@ def merge_base_table(found: Mapping[str, Any], unit: str = "token") -> Table:
     ]
     note = (
         f"Trained on {words.quantized_base(found['trained_on'])}, where the live adapter is. Nats per {unit} over "
-        f"{words.count(measured['positions'])} {words.scored(unit)} of the calibration set; weights rounded as they are written."
+        f"{words.count(measured['positions'])} {words.scored(unit)} of the calibration set; weights rounded as they are "
+        "written."
     )
     return Table("Base of the merge", ("", "KL", "NLL"), tuple(rows), note=note)
 
@@ -147,8 +148,8 @@ def quality_table(report: Mapping[str, Any]) -> Table:
         base = baseline["base"]
         rows.append(cells_of("base alone", words.figure(base["ppl"], 4), words.figure(base["nll"], 4), *[NONE] * 4,
                          percent(base.get("accuracy")), NONE))  # fmt: skip
-        rows.append(cells_of("baseline", words.figure(baseline["ppl"], 4), words.figure(baseline["nll"], 4), *[NONE] * 4,
-                         percent(baseline.get("accuracy")), NONE))  # fmt: skip
+        rows.append(cells_of("baseline", words.figure(baseline["ppl"], 4), words.figure(baseline["nll"], 4),
+                         *[NONE] * 4, percent(baseline.get("accuracy")), NONE))  # fmt: skip
     for name, target in report["targets"].items():
         quality = target.get("quality")
         if quality is None:
