@@ -25,6 +25,8 @@ HEADLINE_COLUMNS = (
 SUMMARY_COLUMNS = ("Target", "Verdict", "Size", "Gain kept", "Accuracy", "Macro-F1", "Latency", "Texts/s")
 NARROW_COLUMNS = ("Target", "Verdict", "Size", "Macro-F1", "Latency")
 _LOST_F1 = 0.05
+_UNSEEN = 0.025
+"""Chance of seeing nothing of what is as frequent as the bound (Clopper and Pearson, 1934)."""
 _CLASSES_SHOWN = 60
 
 
@@ -151,7 +153,7 @@ def _quality_table(report: Mapping[str, Any]) -> Table:
         )
         if chance:
             note = "The base has no classification head without the adapter: the gain is against chance."
-    unit = words.unit(report)
+    unit, same = words.unit(report), []
     for name, target in report["targets"].items():
         quality = target.get("quality")
         if quality is None:
@@ -170,6 +172,11 @@ def _quality_table(report: Mapping[str, Any]) -> Table:
                 Cell(f"{words.count(quality['positions'])} {unit}s in {words.count(quality['items'])} items"),
             )
         )
+        if not quality["flips"]:
+            most = 1 - _UNSEEN ** (1 / quality["items"])
+            same.append(f"{name} agrees with the baseline on all {quality['items']} items: by these alone, up to "
+                        f"{percent(most)} of others could differ (exact binomial bound, 97.5 %).")  # fmt: skip
+    note = " ".join([*([note] if note else []), *same])
     columns = ("", "Accuracy", "Macro-F1", "Macro-F1 loss", "NLL, nats", "KL mean, nats", "KL 99th perc., nats",
                "Flips", "Measured on")  # fmt: skip
     return Table("Quality", columns, tuple(rows), note=note)

@@ -112,8 +112,8 @@ def merge_base_table(found: Mapping[str, Any], unit: str = "token") -> Table:
     ]
     note = (
         f"Trained on {words.quantized_base(found['trained_on'])}, where the live adapter is. Nats per {unit} over "
-        f"{words.count(measured['positions'])} {words.scored(unit)} of the calibration set; weights rounded as they are "
-        "written."
+        f"{words.count(measured['positions'])} {words.scored(unit)} of the calibration set; weights rounded as they "
+        "are written."
     )
     return Table("Base of the merge", ("", "KL", "NLL"), tuple(rows), note=note)
 

@@ -12,6 +12,10 @@ from lora2edge.contracts import Encoded, LabelledItem, LabelledSample, Tokenizer
 from lora2edge.errors import CheckpointError
 
 
+_NO_SEGMENTS = "TokenizersBackend"
+"""transformers 5's class for a tokenizer of no model's own gives no segment ids, unless model_input_names has them."""
+
+
 class TextEncoder:
     """Token and segment ids of texts. `segments`: how many kinds of segments the model tells apart (`segment_count`).
 
@@ -36,8 +40,9 @@ class TextEncoder:
             raise CheckpointError("broken-tokenizer", "tokenizer.json cannot be read", why=str(error)) from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        inputs = read_tokenizer_file(tokenizer, "tokenizer_config.json").get("model_input_names")
-        told_apart = inputs is None or "token_type_ids" in inputs
+        config = read_tokenizer_file(tokenizer, "tokenizer_config.json")
+        inputs = config.get("model_input_names")
+        told_apart = config.get("tokenizer_class") != _NO_SEGMENTS if inputs is None else "token_type_ids" in inputs
         self._segments = segments if told_apart else 0
 
     def encode(self, text: str, pair: str | None = None) -> Encoded:
