@@ -53,7 +53,7 @@ def int4_copy(int4_decoder: Path, tmp_path: Path) -> Path:
 
 def write_manifest(folder: Path, backend: str = "onnxruntime") -> None:
     files = {path.name: sha256_file(path) for path in folder.iterdir() if path.is_file()}
-    options = {"name": f"{backend}/tiny", "backend": backend}
+    options = {"name": f"{backend}/tiny", "backend": backend, "precision": "q8_0"}
     manifest = Manifest(1, f"{backend}/tiny", backend, "causal-lm", "key", {}, options, {}, files)
     (folder / "manifest.json").write_text(manifest.to_json())
 
