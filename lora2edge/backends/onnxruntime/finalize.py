@@ -25,7 +25,7 @@ from lora2edge.backends.onnxruntime.runtime import (
     open_model,
 )
 from lora2edge.contracts import MANIFEST, Manifest
-from lora2edge.errors import InputError, Lora2EdgeError, OutputError
+from lora2edge.errors import InputError, OutputError, UnsupportedError
 from lora2edge.processor import vector_flags
 from lora2edge.storage import atomic_folder, sha256_file, write_json
 
@@ -51,9 +51,10 @@ _EXAMPLE_TOKENS = (8, 1)
 def finalize(folder: Path) -> dict[str, Any]:
     """Packs the weights of the artifact in `folder` into its folder `finalized`, whole or not at all.
 
-    Both are compared on one input, bit by bit. Returns `folder`, `size_bytes`, `reused`, and the stamp. Raises
-    InputError, code `artifact-changed`, where the files are not those of the manifest; what `open_model` raises; and
-    OutputError.
+    Both compute the same bits, or nothing is kept. Returns `folder`, `size_bytes`, `reused`, and the stamp. Raises
+    InputError, code `artifact-changed`, where the files are not those of the manifest; UnsupportedError, code
+    `finalized-differs`, where ONNX Runtime packs a matrix wrongly (1.31.1 does so with those of an odd number of rows
+    in one or two blocks); what `open_model` raises; and OutputError.
     """
     check_files(folder)
     out = folder / FOLDER
@@ -75,7 +76,7 @@ def finalize(folder: Path) -> dict[str, Any]:
         found = _example(packed.session)
         del packed
         if found.shape != wanted.shape or found.tobytes() != wanted.tobytes():
-            raise Lora2EdgeError(
+            raise UnsupportedError(
                 "finalized-differs",
                 f"the packed weights of {folder} do not compute what the portable ones do",
                 why=f"largest difference {_largest(found, wanted):g}",

@@ -19,11 +19,11 @@ from lora2edge.backends.onnxruntime.engine import DecoderEngine
 from lora2edge.backends.onnxruntime.session import OnnxSession, open_session
 from lora2edge.contracts import Sampling
 from lora2edge.errors import InputError, Lora2EdgeError, UnsupportedError
-from tests.tiny import VOCAB
+from tests.tiny import VOCAB, make_checkpoint
+from tests.unit.graph.decoders import lower
 
 MAX_LENGTH = 400
 LENGTHS = (5, 300, 33, 90, 1, 250, 64, 17)
-PAD = VOCAB - 8  # behind the tokenizer's own ids: never drawn
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +354,19 @@ def test_facts(session) -> None:
     assert (facts.backend, facts.device, facts.slots, facts.max_length) == ("onnxruntime", "cpu", 1, MAX_LENGTH)
     assert facts.versions["onnxruntime"] in facts.build and "float32" in facts.dtype
     assert session.opened.nodes["CPUExecutionProvider"]["GroupQueryAttention"] == 2
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_every_architecture_in_chunks_and_beside_others(arch: str, tmp_path: Path) -> None:
+    """Windows and caches: prompts of several chunks, decoded together on two slots."""
+    window = {"sliding_window": 48} if arch in {"mistral", "gemma2", "gemma3", "phi3"} else {}
+    base = make_checkpoint(tmp_path / "checkpoint", arch, dtype="float32", **window)
+    lowered = lower(base, tmp_path / "artifact")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = [prompt for prompt in prompts() if len(prompt) in {300, 33, 90}]
+    with open_session(lowered.folder, device="cpu", threads=1, slots=2, max_length=MAX_LENGTH) as opened:
+        answers = [opened.generate(prompt, max_new=12, stop=[]) for prompt in ids]
+        assert [list(answer) for answer in answers] == [expected_tokens(model, prompt, 12) for prompt in ids]
+        for prompt, logits in zip(ids, opened.logits(ids, [range(len(prompt)) for prompt in ids]), strict=True):
+            wanted = expected_logits(model, prompt)
+            assert np.abs(logits - wanted).max() <= 1e-5 * np.abs(wanted).max()
