@@ -120,6 +120,23 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Convolution:
+    """Over the embeddings of neighbouring tokens, 0 beyond a text's ends; activated, and normalized with the first
+    layer's output added (DeBERTa-v2)."""
+
+    weight: str
+    """`[width, width / groups, kernel]`."""
+    bias: str
+    size: int
+    """Width."""
+    kernel: int
+    """Tokens, an odd number."""
+    groups: int
+    activation: Activation
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """Class scores, of the first token or of every one."""
 
@@ -144,6 +161,7 @@ class Encoder:
     """Of the attention scores."""
     activation: Activation
     relative: Relative | None
+    convolution: Convolution | None
     head: Head
     max_length: int
     """Tokens of a text."""

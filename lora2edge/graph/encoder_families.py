@@ -1,47 +1,31 @@
-"""Reads which encoder a checkpoint is: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, DeBERTa-v2 and v3 with a classifier.
+"""Reads which encoder a checkpoint is: BERT, RoBERTa and its kin, DistilBERT, DeBERTa-v2 and v3, with a classifier.
 
 As transformers 5 computes them. Whatever is not known is refused, and so is a tensor that has no place.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora2edge.errors import CheckpointError, InputError, UnsupportedError, refuse
 from lora2edge.graph.encoder import (
     Activation,
+    Convolution,
     Embeddings,
     Encoder,
     Head,
     Layer,
-    Linear,
-    Norm,
     Relative,
-    Role,
-    Rows,
 )
+from lora2edge.graph.encoder_given import Given, unknown_model
 
 if TYPE_CHECKING:
     from lora2edge.contracts import Task, TensorInfo
 
 TASKS: tuple[Task, ...] = ("sequence-classification", "token-classification")
-_ACTIVATIONS: Mapping[str, Activation] = {
-    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu-tanh", "gelu_fast": "gelu-tanh",
-    "gelu_pytorch_tanh": "gelu-tanh", "gelu_python_tanh": "gelu-tanh", "relu": "relu", "tanh": "tanh",
-    "silu": "silu", "swish": "silu",
-}  # fmt: skip
-"""transformers' name → ours."""
-UNUSED = (
-    "*.embeddings.position_ids", "*.embeddings.token_type_ids",  # buffers that older versions saved
-    "*.pooler.dense.*", "pooler.dense.*",  # of the pre-training, where the classifier has a head of its own
-    "cls.*", "lm_head.*", "lm_predictions.*", "mask_predictions.*", "vocab_transform.*", "vocab_layer_norm.*",
-    "vocab_projector.*",  # heads of the pre-training
-    "deberta.embeddings.position_embeddings.weight",  # stored, and not used, by DeBERTa-v3
-)  # fmt: skip
-"""Tensors that need no place, as patterns."""
+_LONGEST = 1 << 16
+"""Tokens of a text where no table of positions bounds them: attention to all of them is slow long before."""
 
 
 def describe_encoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], task: Task) -> Encoder:
@@ -52,177 +36,26 @@ def describe_encoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo
     """
     family = str(config.get("model_type"))
     if family not in _FAMILIES:
-        raise _unknown(f"model_type is {family}", f"known encoders: {', '.join(sorted(_FAMILIES))}")
+        raise unknown_model(f"model_type is {family}", f"known encoders: {', '.join(sorted(_FAMILIES))}")
     if task not in TASKS:
-        raise _unknown(f"the {family} checkpoint is for {task}", f"encoders are written for {' and '.join(TASKS)}")
-    given = _Given(config, tensors, task)
+        raise unknown_model(f"the {family} checkpoint is for {task}", f"encoders are written for {' and '.join(TASKS)}")
+    given = Given(config, tensors, task)
     found = _FAMILIES[family](given)
     given.finish()
     return found
 
 
-def _unknown(what: str, why: str) -> UnsupportedError:
-    return UnsupportedError(
-        "onnx-architecture", what, why=why, hint="choose a target of another backend, or a base of a known architecture"
-    )
-
-
-class _Given:
-    """Config and tensors, with a note of every problem, and of every tensor that found its place."""
-
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], task: Task) -> None:
-        self.config, self.task = config, task
-        self._tensors = tensors
-        self._used: set[str] = set()
-        self._missing: list[str] = []
-        self._problems: list[InputError] = []
-
-    @property
-    def is_sequence(self) -> bool:
-        return self.task == "sequence-classification"
-
-    @property
-    def names(self) -> Mapping[str, TensorInfo]:
-        return self._tensors
-
-    def whole(self, key: str, default: int, least: int = 1) -> int:
-        """A whole number of the config."""
-        value = self.config.get(key)
-        if value is None:
-            return default
-        if type(value) is not int or not least <= value < 1 << 31:
-            self._bad(key, value, f"a whole number of at least {least}")
-            return default
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A number of the config above 0."""
-        value = self.config.get(key)
-        if value is None:
-            return default
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            self._bad(key, value, "a finite number above 0")
-            return default
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.config.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self._bad(key, value, "true or false")
-            return default
-        return value
-
-    def activation(self, key: str) -> Activation:
-        name = self.config.get(key) or "gelu"
-        if name not in _ACTIVATIONS:
-            self.refuse(f"{key} is {name}", f"known activations: {', '.join(sorted(_ACTIVATIONS))}")
-        return _ACTIVATIONS.get(str(name), "gelu")
-
-    def refuse(self, what: str, why: str) -> None:
-        self._problems.append(_unknown(f"in the {self.config.get('model_type')} checkpoint, {what}", why))
-
-    def take(self, name: str, *shape: int) -> str:
-        """The name in the files of a tensor of this shape; 0 stands for any length."""
-        # The first checkpoints of BERT came from TensorFlow, whose norms have a gamma and a beta.
-        old = name.removesuffix(".weight") + ".gamma" if name.endswith(".weight") else name[: -len(".bias")] + ".beta"
-        name = old if name not in self._tensors and "LayerNorm" in name and old in self._tensors else name
-        info = self._tensors.get(name)
-        if info is None:
-            self._missing.append(name)
-            return name
-        self._used.add(name)
-        if len(info.shape) != len(shape) or any(b not in (0, a) for a, b in zip(info.shape, shape, strict=True)):
-            wanted = ", ".join(str(length or "any") for length in shape)
-            self._problems.append(
-                CheckpointError(
-                    "tensor-shape",
-                    f"{name} is of shape {list(info.shape)}, not [{wanted}]",
-                    why="config.json gives the sizes",
-                    hint="config and weights are from different saves: download or save all of them again",
-                )
-            )
-        return name
-
-    def rows(self, name: str) -> int:
-        """First length of a tensor."""
-        info = self._tensors.get(name)
-        return info.shape[0] if info and info.shape else 0
-
-    def linear(
-        self, name: str, rows: int, columns: int, role: Role, layer: int | None = None, *, bias: bool = True
-    ) -> Linear:
-        weight = self.take(f"{name}.weight", rows, columns)
-        return Linear(weight, self.take(f"{name}.bias", rows) if bias else None, rows, columns, role, layer)
-
-    def classifier(self, name: str, columns: int) -> Linear:
-        """The last matrix, whose rows are the classes."""
-        rows = self.rows(f"{name}.weight")
-        labels = self.config.get("id2label")
-        if isinstance(labels, dict) and rows and len(labels) != rows:
-            self._problems.append(
-                CheckpointError(
-                    "label-count",
-                    f"{name}.weight has {rows} rows, config.json names {len(labels)} labels",
-                    why="each row is the score of a label",
-                    hint="correct id2label in config.json",
-                )
-            )
-        return self.linear(name, rows, columns, "classifier")
-
-    def norm(self, name: str, size: int, epsilon: float) -> Norm:
-        return Norm(self.take(f"{name}.weight", size), self.take(f"{name}.bias", size), size, epsilon)
-
-    def table(self, name: str, rows: int, columns: int) -> Rows:
-        return Rows(self.take(f"{name}.weight", rows, columns), rows or self.rows(f"{name}.weight"), columns)
-
-    def finish(self) -> None:
-        """Raises what was found wrong."""
-        if self._missing:
-            self._problems.append(
-                CheckpointError(
-                    "missing-tensors",
-                    f"the checkpoint lacks {_shown(self._missing)}",
-                    why="the model cannot be computed without; it would run on random numbers",
-                    hint="download or save the checkpoint again",
-                )
-            )
-        left = [name for name in self._tensors if name not in self._used and not _is_unused(name)]
-        if left:
-            self.refuse(f"no place is known for {_shown(left)}", "a model written without them might be another one")
-        refuse(self._problems)
-
-    def _bad(self, key: str, value: Any, expected: str) -> None:
-        self._problems.append(
-            CheckpointError(
-                "bad-config",
-                f"{key} is {value!r} in config.json",
-                why=f"expected {expected}",
-                hint=f"download or save it again, or correct {key}",
-            )
-        )
-
-
-def _is_unused(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in UNUSED)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-
-
-def _bert(given: _Given) -> Encoder:
+def _bert(given: Given) -> Encoder:
     """https://arxiv.org/abs/1810.04805"""
     return _like_bert(given, "bert", None)
 
 
-def _roberta(given: _Given) -> Encoder:
-    """https://arxiv.org/abs/1907.11692; XLM-RoBERTa, https://arxiv.org/abs/1911.02116, differs by its vocabulary."""
+def _roberta(given: Given) -> Encoder:
+    """https://arxiv.org/abs/1907.11692; XLM-RoBERTa and CamemBERT differ by their vocabularies and training."""
     return _like_bert(given, "roberta", given.whole("pad_token_id", 1, least=0))
 
 
-def _like_bert(given: _Given, prefix: str, padding: int | None) -> Encoder:
+def _like_bert(given: Given, prefix: str, padding: int | None) -> Encoder:
     hidden, heads = given.whole("hidden_size", 768), given.whole("num_attention_heads", 12)
     epsilon, places = given.number("layer_norm_eps", 1e-12), given.whole("max_position_embeddings", 512)
     kind = given.config.get("position_embedding_type")
@@ -242,7 +75,7 @@ def _like_bert(given: _Given, prefix: str, padding: int | None) -> Encoder:
     )
     layers = [
         _layer(given, f"{prefix}.encoder.layer.{number}", number, ("query", "key", "value"), hidden, epsilon)
-        for number in range(given.whole("num_hidden_layers", 12))
+        for number in given.layers("num_hidden_layers", 12)
     ]
     head = (
         _head(given, "classifier", hidden, None, "tanh")
@@ -256,7 +89,7 @@ def _like_bert(given: _Given, prefix: str, padding: int | None) -> Encoder:
     )
 
 
-def _distilbert(given: _Given) -> Encoder:
+def _distilbert(given: Given) -> Encoder:
     """https://arxiv.org/abs/1910.01108"""
     hidden, heads, wide = given.whole("dim", 768), given.whole("n_heads", 12), given.whole("hidden_dim", 3072)
     places, epsilon = given.whole("max_position_embeddings", 512), 1e-12
@@ -271,7 +104,7 @@ def _distilbert(given: _Given) -> Encoder:
         given.norm(f"{at}.LayerNorm", hidden, epsilon),
     )
     layers = []
-    for number in range(given.whole("n_layers", 6)):
+    for number in given.layers("n_layers", 6):
         at = f"distilbert.transformer.layer.{number}"
         layers.append(
             Layer(
@@ -289,14 +122,12 @@ def _distilbert(given: _Given) -> Encoder:
     return _encoder(given, embeddings, layers, heads, head, max_length=places, activation="activation")
 
 
-def _deberta(given: _Given) -> Encoder:
+def _deberta(given: Given) -> Encoder:
     """DeBERTa-v2, https://arxiv.org/abs/2006.03654, and v3, https://arxiv.org/abs/2111.09543: one graph."""
     hidden, heads = given.whole("hidden_size", 1536), given.whole("num_attention_heads", 24)
     epsilon, places = given.number("layer_norm_eps", 1e-7), given.whole("max_position_embeddings", 512)
     width, kinds = given.whole("embedding_size", hidden), given.whole("type_vocab_size", 0, least=0)
-    if given.whole("conv_kernel_size", 0, least=0):
-        given.refuse("conv_kernel_size is set", "the convolution behind the first layer is not written")
-    if given.whole("attention_head_size", hidden // heads) * heads != hidden:
+    if given.config.get("attention_head_size") not in (None, hidden // heads):
         given.refuse("attention_head_size is set", f"heads of {hidden} / {heads} values are written")
     _check_heads(given, hidden, heads)
     at = "deberta.embeddings"
@@ -314,7 +145,7 @@ def _deberta(given: _Given) -> Encoder:
     names = ("query_proj", "key_proj", "value_proj")
     layers = [
         _layer(given, f"deberta.encoder.layer.{number}", number, names, hidden, epsilon, own)
-        for number in range(given.whole("num_hidden_layers", 24))
+        for number in given.layers("num_hidden_layers", 24)
     ]
     head = (
         _head(given, "classifier", hidden, "pooler.dense", given.activation("pooler_hidden_act"))
@@ -324,11 +155,31 @@ def _deberta(given: _Given) -> Encoder:
     scale = 1 / math.sqrt(max(hidden // heads, 1) * (1 + len(terms)))
     uses_relative = relative if terms else None
     return _encoder(
-        given, embeddings, layers, heads, head, max_length=places, scale=scale, relative=uses_relative
+        given, embeddings, layers, heads, head, max_length=min(places, _LONGEST), scale=scale, relative=uses_relative,
+        convolution=_convolution(given, hidden, epsilon),
     )  # fmt: skip
 
 
-def _attention_terms(given: _Given) -> tuple[str, ...]:
+def _convolution(given: Given, hidden: int, epsilon: float) -> Convolution | None:
+    kernel, groups = given.whole("conv_kernel_size", 0, least=0), given.whole("conv_groups", 1)
+    if not kernel:
+        return None
+    if kernel % 2 == 0 or hidden % groups:
+        given.refuse(f"conv_kernel_size is {kernel}, conv_groups {groups}", "as many tokens and values must come out")
+        groups = 1
+    at = "deberta.encoder.conv"
+    return Convolution(
+        given.take(f"{at}.conv.weight", hidden, hidden // groups, kernel),
+        given.take(f"{at}.conv.bias", hidden),
+        hidden,
+        kernel,
+        groups,
+        given.activation("conv_act", "tanh"),
+        given.norm(f"{at}.LayerNorm", hidden, epsilon),
+    )
+
+
+def _attention_terms(given: Given) -> tuple[str, ...]:
     """`c2p` and `p2c` where they are on."""
     kinds = given.config.get("pos_att_type") or []
     kinds = [kind.strip() for kind in kinds.lower().split("|")] if isinstance(kinds, str) else kinds
@@ -338,7 +189,7 @@ def _attention_terms(given: _Given) -> tuple[str, ...]:
     return tuple(kind for kind in ("c2p", "p2c") if kind in kinds)
 
 
-def _relative(given: _Given, terms: tuple[str, ...], hidden: int, epsilon: float, places: int) -> Relative:
+def _relative(given: Given, terms: tuple[str, ...], hidden: int, epsilon: float, places: int) -> Relative:
     buckets = given.whole("position_buckets", -1, least=-1)
     farthest = given.whole("max_relative_positions", -1, least=-1)
     farthest = places if farthest < 1 else farthest
@@ -359,7 +210,7 @@ def _relative(given: _Given, terms: tuple[str, ...], hidden: int, epsilon: float
     )
 
 
-def _layer(given: _Given, at: str, number: int, names: tuple[str, str, str], hidden: int, epsilon: float,
+def _layer(given: Given, at: str, number: int, names: tuple[str, str, str], hidden: int, epsilon: float,
            own: tuple[str, ...] = ()) -> Layer:  # fmt: skip
     """A layer as BERT names it. `own`: terms of disentangled attention with matrices of their own."""
     wide = given.whole("intermediate_size", 4 * hidden)
@@ -383,13 +234,13 @@ def _layer(given: _Given, at: str, number: int, names: tuple[str, str, str], hid
     )
 
 
-def _head(given: _Given, classifier: str, hidden: int, dense: str | None, activation: Activation) -> Head:
+def _head(given: Given, classifier: str, hidden: int, dense: str | None, activation: Activation) -> Head:
     pooler = given.linear(dense, hidden, hidden, "pooler") if dense else None
     return Head(pooler, activation, given.classifier(classifier, hidden))
 
 
 def _encoder(
-    given: _Given,
+    given: Given,
     embeddings: Embeddings,
     layers: list[Layer],
     heads: int,
@@ -398,6 +249,7 @@ def _encoder(
     max_length: int,
     scale: float | None = None,
     relative: Relative | None = None,
+    convolution: Convolution | None = None,
     activation: str = "hidden_act",
 ) -> Encoder:
     if max_length < 1:
@@ -411,20 +263,22 @@ def _encoder(
         scale=scale or 1 / math.sqrt(max(embeddings.norm.size // heads, 1)),
         activation=given.activation(activation),
         relative=relative,
+        convolution=convolution,
         head=head,
         max_length=max_length,
     )
 
 
-def _check_heads(given: _Given, hidden: int, heads: int) -> None:
+def _check_heads(given: Given, hidden: int, heads: int) -> None:
     if hidden % heads:
         given.refuse(f"hidden_size {hidden} is not a multiple of {heads} heads", "each head has as many values")
 
 
-_FAMILIES: Mapping[str, Callable[[_Given], Encoder]] = {
+_FAMILIES: Mapping[str, Callable[[Given], Encoder]] = {
     "bert": _bert,
     "roberta": _roberta,
     "xlm-roberta": _roberta,
+    "camembert": _roberta,
     "distilbert": _distilbert,
     "deberta-v2": _deberta,
 }

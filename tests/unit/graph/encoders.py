@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "bert, silu": ("Bert", {**_BERT, "hidden_act": "silu"}),
     "roberta": ("Roberta", {**_BERT, "type_vocab_size": 1}),
     "xlm-roberta": ("XLMRoberta", {**_BERT, "type_vocab_size": 1}),
+    "camembert": ("Camembert", {**_BERT, "type_vocab_size": 1}),
     "roberta, two types": ("Roberta", {**_BERT, "type_vocab_size": 2}),
     "distilbert": ("DistilBert", _DISTILBERT),
     "deberta-v3": ("DebertaV2", {**_BERT, **_V3}),
@@ -49,6 +50,11 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {**_BERT, **_V3, "position_buckets": -1, "max_relative_positions": 16, "norm_rel_ebd": "none"},
     ),
     "deberta, narrow embedding": ("DebertaV2", {**_BERT, **_V3, "embedding_size": 16}),
+    "deberta, convolution": ("DebertaV2", {**_BERT, **_V3, "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "deberta, convolution, one layer": (
+        "DebertaV2",
+        {**_BERT, **_V3, "conv_kernel_size": 5, "conv_groups": 4, "num_hidden_layers": 1},
+    ),
     "deberta, absolute": ("DebertaV2", {**_BERT, "relative_attention": False, "position_biased_input": True}),
 }
 TASKS = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
@@ -134,14 +140,19 @@ def write_encoder(folder: Path, out: Path, formats: Any = None, **options: Any) 
     """Writes `out`/model.onnx and its data. `formats`: a function of each matrix, or None for floats."""
     checkpoint = open_checkpoint(folder)
     try:
-        encoder = describe_encoder(checkpoint.config, checkpoint.tensors, checkpoint.task)
-        chosen = {matrix.name: formats(matrix) for matrix in encoder.matrices if formats and formats(matrix)}
-        graph = write_ort_encoder(encoder, chosen, **options)
-        out.mkdir(exist_ok=True)
-        write_data(out / "model.onnx.data", graph, checkpoint, Rounding(checkpoint), SILENT)
-        write_model(out / "model.onnx", graph, "model.onnx.data")
+        return write_checkpoint(checkpoint, out, formats, **options)
     finally:
         checkpoint.close()
+
+
+def write_checkpoint(checkpoint: Any, out: Path, formats: Any = None, **options: Any) -> Encoder:
+    """The same of an opened checkpoint."""
+    encoder = describe_encoder(checkpoint.config, checkpoint.tensors, checkpoint.task)
+    chosen = {matrix.name: formats(matrix) for matrix in encoder.matrices if formats and formats(matrix)}
+    graph = write_ort_encoder(encoder, chosen, **options)
+    out.mkdir(exist_ok=True)
+    write_data(out / "model.onnx.data", graph, checkpoint, Rounding(checkpoint), SILENT)
+    write_model(out / "model.onnx", graph, "model.onnx.data")
     return encoder
 
 
