@@ -84,6 +84,7 @@ def build(
 
         report = {
             "schema": REPORT_SCHEMA,
+            "task": plan.merged.task,
             "lora2edge": __version__,
             **_verdict(targets, strict),
             "command": shlex.join(["lora2edge", *sys.argv[1:]]),
@@ -130,7 +131,7 @@ def _build_target(
     pipeline: Pipeline,
     calibration: Finished,
     reference: Finished,
-    texts: Texts,
+    texts: Texts[Any],
     out: Path,
     bench: bool,
 ) -> dict[str, Any]:
@@ -239,12 +240,12 @@ def _describe_bases(survey: Survey) -> dict[str, Any] | None:
     return {"method": bases.method, "candidates": list(bases.candidates), "trained_on": bases.trained_on}
 
 
-def describe_inputs(plan: Plan, texts: Texts | None) -> dict[str, Any]:
+def describe_inputs(plan: Plan, texts: Texts[Any] | None) -> dict[str, Any]:
     """What the build was made from, for the report."""
     return _inputs(plan.recipe, plan.merged, plan.adapters, texts)
 
 
-def _inputs(recipe: Recipe, view: Checkpoint, adapters: Sequence[Adapter], texts: Texts | None) -> dict[str, Any]:
+def _inputs(recipe: Recipe, view: Checkpoint, adapters: Sequence[Adapter], texts: Texts[Any] | None) -> dict[str, Any]:
     return {
         "base": {
             "name": recipe.base or (adapters[0].base_model_name_or_path if adapters else None),

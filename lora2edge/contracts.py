@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.int64]
 
 Task = Literal["causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"]
+CLASSIFICATIONS: tuple[Task, ...] = ("sequence-classification", "token-classification")
 Message = Mapping[str, str]
 """`{"role": "user", "content": "…"}`"""
 
@@ -203,6 +204,54 @@ class Sample:
         """The positions whose next token is a response token: what perplexity and KL are taken over."""
         return range(self.prompt_length - 1, len(self.ids) - 1)
 
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The response tokens: what each of `positions` predicts."""
+        return self.ids[self.prompt_length :]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text, or a pair of texts, as a classifier takes it."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] = ()
+    """Segment ids (`token_type_ids`), one for each id; empty: all are 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledItem:
+    """One line of a classifier's data: a text (or a pair) of one class, or words of one class each."""
+
+    gold: tuple[int | None, ...]
+    """Class index of the text, or of each word; None: the word is not scored."""
+    text: str = ""
+    pair: str | None = None
+    words: tuple[str, ...] = ()
+    """Not empty where tokens are classified; then there is no text."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Other short string fields of the line."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSample:
+    """One encoded item of a classifier's data."""
+
+    encoded: Encoded
+    positions: tuple[int, ...]
+    """Tokens whose logits are scored, the first one of each word; `(0,)` where the whole text is classified, whose
+    logits are one row."""
+    targets: tuple[int, ...]
+    """The class index of each of `positions`."""
+    item: LabelledItem
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.encoded.ids
+
+
+AnySample = Sample | LabelledSample
+"""Both have `ids`, and `targets` at `positions`."""
 
 # ---------------------------------------------------------------- calibration
 
@@ -235,7 +284,16 @@ class Calibration(Protocol):
     @property
     def path(self) -> Path: ...
     @property
-    def samples(self) -> Sequence[Sample]: ...
+    def samples(self) -> Sequence[Sample]:
+        """Empty where the task is a classification."""
+        ...
+
+    @property
+    def classified(self) -> Sequence[LabelledSample]:
+        """A classifier's samples; empty for a language model. There are no statistics beside them: whoever needs
+        ranges runs `encoded` through what it made."""
+        ...
+
     @property
     def names(self) -> Sequence[str]:
         """The weights (checkpoint tensor names) that statistics exist for."""
@@ -425,15 +483,6 @@ class Session(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A text, or a pair of texts, as a classifier takes it."""
-
-    ids: tuple[int, ...]
-    types: tuple[int, ...] = ()
-    """Segment ids (`token_type_ids`), one for each id; empty: all are 0."""
 
 
 class Classifier(Protocol):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge.adapters import Adapter, MergedCheckpoint
-from lora2edge.bench.scenario import load_scenario
+from lora2edge.bench.scenario import classify_scenarios, language_scenarios
 from lora2edge.checkpoint import FLOAT_DTYPES, embedding_name, head_name, vocabulary_size
-from lora2edge.contracts import Base, Checkpoint, Estimate, Machine, TensorInfo
+from lora2edge.contracts import CLASSIFICATIONS, Base, Checkpoint, Estimate, Machine, TensorInfo
 from lora2edge.quality.proof import PROOF_POSITIONS
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target
@@ -29,6 +29,10 @@ _PROOF_PASSES, _BASELINE_PASSES = 4, 2
 """Passes of a model over the calibration text, and over the test text."""
 _PROMPT_SHARE = 3
 """Prompts are read as well as scored: a clinical question is about twice as long as its answer."""
+_TEXT_TOKENS = {"sequence-classification": 64, "token-classification": 2}
+"""Tokens of a classifier's decision: of a text, and of a word with its share of the special tokens."""
+_SAMPLE_BYTES = 24
+"""Of a token in a stored sample, its text included."""
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|shared\.weight|lm_head|norm|(^|\.)ln_|relative_attention_bias")
 _EXPERTS = re.compile(r"\.experts(\.|$)")
 _LAYER = re.compile(r".*?\.\d+\.")
@@ -90,7 +94,8 @@ def forecast_stages(
     """
     second_per_token = 2.0 * active_weights(view) / rate
     calibration = max((target.calibration.tokens for target in targets), default=0)
-    test = _PROMPT_SHARE * recipe.tokens
+    classifies = view.task in CLASSIFICATIONS
+    test = (_TEXT_TOKENS[view.task] if classifies else _PROMPT_SHARE) * recipe.tokens
     model = proof_bytes(view)
     kept = any(estimate.layer_inputs for estimate in estimates.values())
     proofs = len(view.adapters) if view.reference or view.combination.method == "sequence" else 1
@@ -98,13 +103,14 @@ def forecast_stages(
     stages = [
         _merge(view, rate),
         StageForecast("prove", None, model, 0, proofs * _PROOF_PASSES * calibration * second_per_token, runs),
-        StageForecast(
-            "calibrate", None, *calibration_bytes(view, calibration, kept), calibration * second_per_token, runs
-        ),
-        StageForecast(
-            "baseline", None, model, _record_bytes(view, recipe), _BASELINE_PASSES * test * second_per_token, runs
-        ),
     ]
+    if classifies:
+        stages.append(StageForecast("calibrate", None, 0, _SAMPLE_BYTES * calibration, 0.0, "the texts are kept"))
+    else:
+        ram, disk = calibration_bytes(view, calibration, kept)
+        stages.append(StageForecast("calibrate", None, ram, disk, calibration * second_per_token, runs))
+    record = _SAMPLE_BYTES * test if classifies else _record_bytes(view, recipe)
+    stages.append(StageForecast("baseline", None, model, record, _BASELINE_PASSES * test * second_per_token, runs))
     for target in targets:
         estimate = estimates.get(target.name)
         if estimate is None:
@@ -117,7 +123,8 @@ def forecast_stages(
         loaded = estimate.disk_bytes + OVERHEAD_BYTES
         stages.append(StageForecast("measure", target.name, loaded, 0, test * second_per_token, runs))
         both = loaded + stored_bytes(view) + OVERHEAD_BYTES
-        budget = sum(load_scenario(name).max_seconds for name in target.scenarios)
+        choose = classify_scenarios if classifies else language_scenarios
+        budget = sum(scenario.max_seconds for scenario in choose(target.scenarios))
         note = runs or "baseline and artifact side by side"
         stages.append(StageForecast("bench", target.name, both, 0, budget, note))
     return stages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,19 @@ from lora2edge.artifact import (
     read_record,
     write_manifest,
 )
-from lora2edge.backends.hf import open_baseline, open_merged
-from lora2edge.bench.interleave import bench
 from lora2edge.bench.machine import describe, fingerprint
 from lora2edge.bench.process import Command
-from lora2edge.bench.scenario import Scenario, context_needed, load_scenario, make_requests
+from lora2edge.bench.scenario import LoadPattern
 from lora2edge.cache import Cache, now, stage_key
-from lora2edge.calibration import calibrate
-from lora2edge.contracts import Progress, Sample, SessionOptions
+from lora2edge.contracts import AnySample, Progress, SessionOptions
 from lora2edge.errors import ProofError
 from lora2edge.merge_base import MEASURE
-from lora2edge.plan import ANSWER_TOKENS, Plan
-from lora2edge.quality import MergeProof, choose_nearest, join_proofs, record_reference, verify_merge
+from lora2edge.plan import Plan
+from lora2edge.quality import MergeProof, choose_nearest, join_proofs, verify_merge
 from lora2edge.stage import run_stage, stage_command
 from lora2edge.storage import sweep, write_json
 from lora2edge.target import Target
-from lora2edge.texts import Texts, samples_digest
+from lora2edge.texts import Texts
 
 _RESULT = "result.json"
 _FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
@@ -73,7 +70,7 @@ class Pipeline:
     record: list[dict[str, Any]] = field(default_factory=list)
     """For the report: name, seconds, reused, measured_at and phases of each stage, in order."""
 
-    def choose_merge_base(self, texts: Texts) -> dict[str, Any] | None:
+    def choose_merge_base(self, texts: Texts[Any]) -> dict[str, Any] | None:
         """Settles which base the adapters are merged into, by measuring where that was asked for.
 
         From then on `plan` has the chosen one. Returns what the report says of it; None where the adapters were not
@@ -92,28 +89,29 @@ class Pipeline:
             "measured": measured.noted() if measured else None,
         }
 
-    def _measure_bases(self, samples: list[Sample]) -> Finished:
+    def _measure_bases(self, samples: list[Any]) -> Finished:
         plan = self.plan
         session = self._session(samples)
         views = {name: plan.on(name).merged for name in plan.bases.candidates}
 
         def measure(folder: Path) -> dict[str, Any]:
             return choose_nearest(
-                lambda: open_baseline(plan.baseline, session, dtype="float32"),
+                lambda: plan.tools.open_live(plan.baseline, session, dtype="float32"),
                 {
-                    name: partial(open_merged, view, session, dtype="float32", rounded=True)
+                    name: partial(plan.tools.open_merged, view, session, dtype="float32", rounded=True)
                     for name, view in views.items()
                 },
                 samples,
                 seed=plan.recipe.seed,
                 progress=self.progress,
+                runner=plan.tools.runner,
             )
 
         keys = [view.fingerprint() for view in views.values()]
-        parts = [plan.baseline_key, keys, samples_digest(samples), asdict(session), plan.recipe.seed]
+        parts = [plan.baseline_key, keys, plan.tools.digest(samples), asdict(session), plan.recipe.seed]
         return self._cached("merge-base", parts, measure)
 
-    def prove(self, texts: Texts) -> Finished:
+    def prove(self, texts: Texts[Any]) -> Finished:
         """Merged against live adapter, on the calibration text. Raises ProofError."""
         plan, samples = self.plan, texts.calibration
         session = self._session(samples)
@@ -121,11 +119,12 @@ class Pipeline:
         def verify(view: MergedCheckpoint) -> MergeProof:
             try:
                 return verify_merge(
-                    lambda dtype: open_baseline(view.ref, session, dtype=dtype),
-                    lambda dtype, rounded: open_merged(view, session, dtype=dtype, rounded=rounded),
+                    lambda dtype: plan.tools.open_live(view.ref, session, dtype=dtype),
+                    lambda dtype, rounded: plan.tools.open_merged(view, session, dtype=dtype, rounded=rounded),
                     samples,
                     dtype=plan.dtype,
                     progress=self.progress,
+                    runner=plan.tools.runner,
                 )
             except ProofError as error:
                 if len(plan.merged.steps) == 1:
@@ -136,16 +135,16 @@ class Pipeline:
         def measure(folder: Path) -> dict[str, Any]:
             return join_proofs([verify(view) for view in plan.merged.steps], plan.merged.reference)
 
-        return self._cached("prove", [samples_digest(samples), asdict(session)], measure)
+        return self._cached("prove", [plan.tools.digest(samples), asdict(session)], measure)
 
-    def calibrate(self, texts: Texts) -> Finished:
+    def calibrate(self, texts: Texts[Any]) -> Finished:
         """The calibration folder: samples, and the activation statistics of the merged model."""
         plan, samples = self.plan, texts.calibration
         fast = plan.device == "cuda" or _FAST_BFLOAT16 & set(describe()["cpu_flags"])
         dtype = "bfloat16" if plan.dtype == "bfloat16" and fast else "float32"
 
         def measure(folder: Path) -> dict[str, Any]:
-            done = calibrate(
+            done = plan.tools.calibrate(
                 plan.merged,
                 samples,
                 folder,
@@ -158,32 +157,30 @@ class Pipeline:
             return {
                 "items": len(samples),
                 "tokens": sum(len(sample.ids) for sample in samples),
-                "digest": done.digest,
-                "dtype": dtype,
                 "layer_inputs": plan.layer_inputs,
-                "experts": done.experts(),
+                **done,
             }
 
-        parts = [samples_digest(samples), plan.device, dtype, plan.layer_inputs]
+        parts = [plan.tools.digest(samples), plan.device, dtype, plan.layer_inputs]
         return self._cached("calibrate", parts, measure, resumable=True)
 
-    def record_baseline(self, texts: Texts) -> Finished:
-        """Base and baseline on the test text: hidden states, losses, answers."""
+    def record_baseline(self, texts: Texts[Any]) -> Finished:
+        """Base and baseline on the test text: hidden states, losses, answers; of a classifier its logits."""
         plan, samples = self.plan, texts.test
         session = self._session(samples)
         dtype = "float32" if plan.recipe.dtype == "auto" else plan.recipe.dtype
 
         def measure(folder: Path) -> dict[str, Any]:
-            return record_reference(
-                open_baseline(plan.baseline, session, dtype=dtype),
-                lambda: open_baseline(plan.baseline.alone, session, dtype=dtype),
+            return plan.tools.record(
+                plan.tools.open_live(plan.baseline, session, dtype=dtype),
+                lambda: plan.tools.open_live(plan.baseline.alone, session, dtype=dtype),
                 samples,
                 folder,
                 seed=plan.recipe.seed,
                 progress=self.progress,
             )
 
-        parts = [plan.baseline_key, samples_digest(samples), asdict(session), dtype, plan.recipe.seed]
+        parts = [plan.baseline_key, plan.tools.digest(samples), asdict(session), dtype, plan.recipe.seed]
         return self._cached("baseline", parts, measure)
 
     def lower_key(self, target: Target, calibration: Finished | None) -> str:
@@ -224,7 +221,7 @@ class Pipeline:
             write_json(partial / RECORD, {**result, "measured_at": now()})
         return self._note("lower", _lowered(folder, key, reused=False), target)
 
-    def measure(self, target: Target, artifact: Path, reference: Finished, texts: Texts) -> Finished:
+    def measure(self, target: Target, artifact: Path, reference: Finished, texts: Texts[Any]) -> Finished:
         """Quality of the artifact against the recorded baseline."""
         session = asdict(self._session(texts.test))
         request = {
@@ -239,17 +236,18 @@ class Pipeline:
         key = [self._identity(artifact), reference.key, session]
         return self._cached("measure", key, lambda _: run_stage(request, self.progress, target.python), target)
 
-    def bench(self, target: Target, artifact: Path, texts: Texts) -> Finished:
+    def bench(self, target: Target, artifact: Path, texts: Texts[Any]) -> Finished:
         """Speed of the artifact and of the baseline, interleaved, each in its own process."""
         plan = self.plan
         dtype = plan.dtype if plan.recipe.dtype == "auto" else plan.recipe.dtype
-        scenarios = [load_scenario(name) for name in target.scenarios]
-        prompts = [sample.ids[: sample.prompt_length] for sample in texts.test]
+        scenarios = plan.tools.scenarios(target.scenarios)
 
         def measure(folder: Path) -> dict[str, Any]:
             return {
                 "scenarios": {
-                    scenario.name: self._bench(target, artifact, scenario, make_requests(scenario, prompts), dtype)
+                    scenario.name: self._bench(
+                        target, artifact, scenario, plan.tools.requests(scenario, texts.test), dtype
+                    )
                     for scenario in scenarios
                 }
             }
@@ -257,19 +255,19 @@ class Pipeline:
         key = [
             self._identity(artifact),
             plan.baseline_key,
-            samples_digest(texts.test),
+            plan.tools.digest(texts.test),
             [scenario.model_dump(mode="json") for scenario in scenarios],
             [fingerprint(), plan.device, plan.threads, dtype],
         ]
         return self._cached("bench", key, measure, target)
 
     def _bench(
-        self, target: Target, artifact: Path, scenario: Scenario, requests: list[list[int]], dtype: str
+        self, target: Target, artifact: Path, scenario: LoadPattern, requests: list[Any], dtype: str
     ) -> dict[str, Any]:
         """One scenario's figures."""
         plan = self.plan
-        session = replace(self._session([]), slots=scenario.slots, max_length=context_needed(scenario, requests))
-        request = {"stage": "session", "session": asdict(session)}
+        session = plan.tools.sized(self._session([]), scenario, requests)
+        request = {"stage": "session", "task": plan.merged.task, "session": asdict(session)}
         sides: dict[str, dict[str, Any]] = {
             "baseline": {"checkpoint": plan.baseline.to_json(), "dtype": dtype},
             "artifact": {"artifact": str(artifact), "target": target.model_dump(mode="json")},
@@ -280,8 +278,7 @@ class Pipeline:
                 path = Path(folder) / f"{name}.json"
                 path.write_text(json.dumps({**request, "kind": name, **side}), encoding="utf-8")
                 commands[name] = Command(tuple(stage_command(path, target.python if name == "artifact" else None)))
-            result = bench(commands["baseline"], commands["artifact"], requests, scenario, self.progress)
-        return result.to_json()
+            return plan.tools.bench(commands["baseline"], commands["artifact"], requests, scenario, self.progress)
 
     def _merge_base(self) -> dict[str, Any] | None:
         return self.plan.bases.record(self.plan.merge_base)
@@ -326,11 +323,12 @@ class Pipeline:
         manifest = open_artifact(artifact).manifest
         return [manifest.key, dict(manifest.files)]
 
-    def _session(self, samples: Sequence[Sample]) -> SessionOptions:
+    def _session(self, samples: Sequence[AnySample]) -> SessionOptions:
         """For running `samples`, and answers to them."""
         longest = max((len(sample.ids) for sample in samples), default=0)
-        trusted = self.plan.recipe.trust_remote_code
-        return SessionOptions(self.plan.device, self.plan.threads, _SLOTS, longest + ANSWER_TOKENS, trusted)
+        plan = self.plan
+        room = longest + plan.tools.answer_tokens
+        return SessionOptions(plan.device, plan.threads, _SLOTS, room, plan.recipe.trust_remote_code)
 
 
 def _lowered(folder: Path, key: str, *, reused: bool) -> Finished:

@@ -16,12 +16,8 @@ from lora2edge.merge_base import MergeBases
 from lora2edge.recipe import Recipe
 from lora2edge.survey import survey_build
 from lora2edge.target import Target
-from lora2edge.texts import Renderer, Texts, load_calibration, load_texts
-
-ANSWER_TOKENS = 64
-"""Room for a generated answer, beside the longest sample."""
-_MAX_LENGTH = 4096
-"""Longest sample that is scored, in tokens; longer ones are left out and counted."""
+from lora2edge.tasks import Tools, tools_for
+from lora2edge.texts import Texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +38,11 @@ class Plan:
     max_length: int
     layer_inputs: bool
     """Whether a target needs what each layer of the model is given."""
+
+    @property
+    def tools(self) -> Tools:
+        """What is done in its own way for a model of this task."""
+        return tools_for(self.merged.task)
 
     def check_adapters(self) -> None:
         """Reads the adapters' weights, which the plan does not. Raises AdapterError for NaN and infinity."""
@@ -100,6 +101,8 @@ def plan_build(
     survey = survey_build(recipe, targets, out=out, force=force)
     refuse(survey.refusals)
     assert survey.base is not None and survey.bases is not None and survey.merged is not None
+    tools = tools_for(survey.merged.task)
+    bounds = [estimate.max_length for estimate in survey.estimates.values() if estimate.max_length]
     return Plan(
         recipe=recipe,
         base=survey.base,
@@ -111,34 +114,30 @@ def plan_build(
         machine=survey.machine,
         threads=survey.threads,
         device=survey.device,
-        max_length=-ANSWER_TOKENS
-        + min(
-            _MAX_LENGTH,
-            int(survey.merged.config.get("max_position_embeddings", _MAX_LENGTH)),
-            *(estimate.max_length for estimate in survey.estimates.values() if estimate.max_length),
-        ),
+        max_length=min([tools.room(survey.merged), *bounds]) - tools.answer_tokens,
         layer_inputs=any(estimate.layer_inputs for estimate in survey.estimates.values()),
     )
 
 
-def load_all_texts(plan: Plan) -> Texts:
+def load_all_texts(plan: Plan) -> Texts[Any]:
     """Calibration and test samples of the plan's data."""
     assert plan.recipe.data is not None
-    return load_texts(
+    return plan.tools.load_texts(
         plan.recipe.data,
-        Renderer(plan.merged.tokenizer),
+        plan.merged,
         max_length=plan.max_length,
         calibration_tokens=plan.calibration_tokens,
         test_tokens=plan.recipe.tokens,
     )
 
 
-def load_calibration_texts(plan: Plan) -> Texts:
+def load_calibration_texts(plan: Plan) -> Texts[Any]:
     """All of the data, for the stages that measure nothing on held-out text."""
     assert plan.recipe.data is not None
-    return load_calibration(
+    return plan.tools.load_texts(
         plan.recipe.data,
-        Renderer(plan.merged.tokenizer),
+        plan.merged,
         max_length=plan.max_length,
         calibration_tokens=plan.calibration_tokens,
+        test_tokens=None,
     )

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from lora2edge.contracts import CheckpointRef, Progress, SessionOptions
+from lora2edge.contracts import CheckpointRef, Classifier, Progress, Session, SessionOptions
 from lora2edge.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
@@ -202,16 +202,17 @@ def _measure(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
     from lora2edge.adapters import open_view
     from lora2edge.backends.base import load_backend
-    from lora2edge.quality import measure_quality, open_reference
     from lora2edge.target import Target
+    from lora2edge.tasks import tools_for
 
     target = Target.model_validate(request["target"])
-    reference = open_reference(Path(request["reference"]))
+    view = open_view(CheckpointRef.from_json(request["checkpoint"]))
     backend, artifact = load_backend(target.backend), Path(request["artifact"])
-    damage = backend.damage(open_view(CheckpointRef.from_json(request["checkpoint"])), artifact, progress)
+    damage = backend.damage(view, artifact, progress)
     session = backend.open(artifact, target, SessionOptions(**request["session"]))
     try:
-        quality = measure_quality(session, reference, seed=request["seed"], progress=progress)
+        tools = tools_for(view.task)
+        quality = tools.measure(session, Path(request["reference"]), seed=request["seed"], progress=progress)
         return {"quality": quality, "damage": [asdict(tensor) for tensor in damage], "facts": asdict(session.facts)}
     finally:
         session.close()
@@ -220,15 +221,15 @@ def _measure(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 def _session(request: Mapping[str, Any]) -> NoReturn:
     """Serves an opened session to the benchmark in the parent process."""
     from lora2edge.bench.worker import serve_stdio
-    from lora2edge.contracts import Session
 
     options = SessionOptions(**request["session"])
 
-    def open_session() -> Session:
+    def open_session() -> Session | Classifier:
         if request["kind"] == "baseline":
-            from lora2edge.backends.hf import open_baseline
+            from lora2edge.tasks import tools_for
 
-            return open_baseline(CheckpointRef.from_json(request["checkpoint"]), options, dtype=request["dtype"])
+            ref, tools = CheckpointRef.from_json(request["checkpoint"]), tools_for(request["task"])
+            return tools.open_live(ref, options, dtype=request["dtype"])
         from lora2edge.backends.base import load_backend
         from lora2edge.target import Target
 

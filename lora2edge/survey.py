@@ -15,7 +15,7 @@ from lora2edge.backends.base import load_backend
 from lora2edge.bench.machine import available
 from lora2edge.bench.scenario import load_scenario
 from lora2edge.checkpoint import StoredCheckpoint, open_checkpoint
-from lora2edge.contracts import AdapterRef, Estimate, Machine, Task
+from lora2edge.contracts import AdapterRef, Estimate, Machine
 from lora2edge.errors import (
     AdapterError,
     CheckpointError,
@@ -40,7 +40,7 @@ from lora2edge.merge_base import MEASURE, MergeBases, find_bases
 from lora2edge.output import check_out
 from lora2edge.recipe import Recipe
 from lora2edge.target import Target, load_target
-from lora2edge.texts import check_template, read_items
+from lora2edge.tasks import tools_for
 
 T = TypeVar("T")
 
@@ -134,8 +134,6 @@ def survey_build(
             _try(errors, partial(load_scenario, name))
     if out is not None:
         _try(errors, partial(check_out, out, force=force))
-    for path in _data_files(recipe):
-        _try(errors, partial(read_items, path))
     if recipe.data is not None:
         _try(errors, _check_torch)
     machine = machine or available(out or Path.cwd())
@@ -152,6 +150,10 @@ def survey_build(
         bases = _try(errors, partial(find_bases, recipe, base, adapters))
     if bases is not None:
         merged = _try(errors, partial(merge, next(iter(bases.candidates.values())), adapters, combination))
+    if recipe.data is not None and (view := merged or base) is not None:
+        tools = tools_for(view.task)
+        for path in _data_files(recipe):
+            _try(errors, partial(tools.check_data, view, path))
     survey = Survey(recipe, tuple(targets), machine, base, adapters, bases, merged, errors=tuple(errors))
     return survey if merged is None else _survey_targets(survey, merged, out)
 
@@ -159,7 +161,8 @@ def survey_build(
 def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) -> Survey:
     """What the backends and the machine say to it."""
     errors, estimates, refused = list(survey.errors), {}, {}
-    _try(errors, partial(check_template, merged.tokenizer))
+    tools = tools_for(merged.task)
+    _try(errors, partial(tools.check_text, merged))
     for target in survey.targets:
         own: list[InputError] = []
         estimate = _try(own, partial(load_backend(target.backend).check, merged, target, survey.machine))
@@ -170,7 +173,7 @@ def _survey_targets(survey: Survey, merged: MergedCheckpoint, out: Path | None) 
     if survey.recipe.data is not None:
         if not survey.recipe.trust_remote_code:
             _try(errors, partial(check_code, merged.config))
-        _try(errors, partial(check_task, merged.task))
+        _try(errors, partial(tools.check, merged))
         if survey.machine.cuda is None:
             _try(errors, partial(check_butterflies, survey.adapters))
         _check_memory(merged, survey.machine, errors)
@@ -190,17 +193,6 @@ def check_code(config: Mapping[str, Any]) -> None:
             why="merge proof, importance matrix and quality would have to run it",
             hint="--trust-remote-code, where you trust it; `lora2edge merge` and `lora2edge lower` without --data go "
             "by the tensors' names and run no code",
-        )
-
-
-def check_task(task: Task) -> None:
-    """Refuses to measure what does not continue a text. Merging and lowering to safetensors need no task."""
-    if task != "causal-lm":
-        raise UnsupportedError(
-            "task",
-            f"{task} models cannot be measured yet",
-            why="merge proof, importance matrix and quality are taken over the tokens of a response",
-            hint="`lora2edge merge` without --prove writes the merged checkpoint",
         )
 
 

@@ -12,6 +12,9 @@ from lora2edge.errors import TargetError
 from lora2edge.shipped import shipped
 from lora2edge.yamlfile import load_yaml, validate
 
+Metric = Literal["kl_mean", "kl_p99", "flips", "ppl_ratio", "accuracy", "macro_f1", "macro_f1_loss", "gain_kept"]
+"""Figures that a gate may bound. `macro_f1_loss` is the baseline's − the artifact's: 0.005 are half a point."""
+
 
 class Gate(BaseModel):
     """A bound on one quality figure. It passes when the whole interval meets it."""
@@ -47,9 +50,8 @@ class Target(BaseModel):
     calibration: CalibrationOptions = CalibrationOptions()
     options: dict[str, Any] = Field(default_factory=dict)
     """The backend's own options; the backend refuses those that it does not know."""
-    gates: dict[Literal["kl_mean", "kl_p99", "flips", "ppl_ratio", "accuracy", "gain_kept"], Gate] = Field(
-        default_factory=dict
-    )
+    gates: dict[Metric, Gate] = Field(default_factory=dict)
+    """By figure. Those of another task's figures bind nothing: one target serves language models and classifiers."""
     scenarios: list[str] = Field(default_factory=lambda: ["chat"])
     """Load patterns that the speed is measured with: shipped names, or YAML files, relative to this one."""
     python: str | None = None

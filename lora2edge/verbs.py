@@ -38,7 +38,12 @@ def merge_to(recipe: Recipe, out: Path, *, prove: bool, force: bool, progress: P
         refuse_unmeasured(plan.bases)
     check_replaceable(out, [plan.base.path, *(adapter.path for adapter in plan.adapters)], force=force)
     named = [compare_names(plan.merged, adapter, recipe.base) for adapter in plan.adapters]
-    result: dict[str, Any] = {"out": str(out), "tensors": len(plan.merged.tensors), "named_bases": named}
+    result: dict[str, Any] = {
+        "out": str(out),
+        "task": plan.merged.task,
+        "tensors": len(plan.merged.tensors),
+        "named_bases": named,
+    }
     if recipe.data is not None:
         pipeline, texts = Pipeline(plan, Cache(), progress), load_calibration_texts(plan)
         result["merge_base"] = pipeline.choose_merge_base(texts)
@@ -90,6 +95,7 @@ def measure_artifact(path: Path, options: dict[str, Any], *, progress: Progress)
     gates, verdict = judge(target, measured.result["quality"])
     return {
         "artifact": str(path),
+        "task": plan.merged.task,
         "target": target.name,
         "verdict": verdict,
         "gates": gates,
@@ -109,6 +115,7 @@ def bench_artifact(path: Path, options: dict[str, Any], scenarios: list[str], *,
     measured = Pipeline(plan, Cache(), progress).bench(target, artifact.path, load_all_texts(plan))
     return {
         "artifact": str(path),
+        "task": plan.merged.task,
         "target": target.name,
         "scenarios": measured.result["scenarios"],
         "machine": describe(),

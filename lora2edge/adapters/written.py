@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora2edge.contracts import Checkpoint
+from lora2edge.texts import padding_id
 
 
 def written_config(view: Checkpoint) -> dict[str, Any]:
     """config.json for `view`: rotary settings under the names of transformers 4 and of 5.
 
     Version 4 reads `rope_theta`, `rope_scaling` and (Gemma 3) `rope_local_base_freq`, and takes its defaults
-    without a word where they are missing; version 5 reads `rope_parameters`.
+    without a word where they are missing; version 5 reads `rope_parameters`. A sequence classifier gets the padding
+    token's id where only its tokenizer names it.
     """
     config = {key: value for key, value in view.config.items() if key != "_name_or_path"}
+    if view.task == "sequence-classification" and (padding := padding_id(view)) is not None:
+        # Without it a decoder's class cannot be read from a batch; training set it, and PEFT does not save it.
+        config["pad_token_id"] = padding
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and isinstance(parameters.get("full_attention"), dict):
         config.update(_old_rope(parameters["full_attention"], config))

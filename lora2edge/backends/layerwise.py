@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lora2edge.calibration import Inputs, Replay, StoredCalibration, open_calibration
+from lora2edge.calibration import Inputs, LabelledCalibration, Replay, StoredCalibration, open_calibration
 from lora2edge.checkpoint import embedding_name, in_order
 from lora2edge.contracts import Calibration, Checkpoint, Machine, Progress
-from lora2edge.errors import DataError
+from lora2edge.errors import DataError, UnsupportedError
 from lora2edge.journal import GrowingFile, Journal
 from lora2edge.quantize import Factor, GptqOptions, Gram, Rounded, RoundingLog, corrected, factorize
 
@@ -131,6 +131,13 @@ def round_layers(
     if not names:
         return RoundedTensors(folder, (), {}, log)
     stored = calibration if isinstance(calibration, StoredCalibration) else open_calibration(calibration.path)
+    if isinstance(stored, LabelledCalibration):
+        raise UnsupportedError(
+            "classifier-gptq",
+            "GPTQ does not round classifiers",
+            why="of their texts no layer inputs are kept",
+            hint="choose plain rounding in the target's options",
+        )
     with Journal(folder) as journal:
         replay = Replay(view, stored, folder, feedback=journal if feedback else None)
         work = _Work(view, replay, set(names), encoder, journal, progress, options)

@@ -16,7 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lora2edge.bench.batches import ClassifyRun
 from lora2edge.bench.load import Run
+from lora2edge.contracts import Encoded
 from lora2edge.errors import EXIT_GATE, EXIT_INPUT, GateError, InputError, Lora2EdgeError
 
 _QUIT_SECONDS = 30.0
@@ -95,6 +97,18 @@ class WorkerProcess:
             }
         )
         return Run.from_json(self._reply("run", max_seconds + _GRACE_SECONDS, "a measurement"))
+
+    def classify(self, texts: Sequence[Encoded], *, batch_size: int, max_seconds: float) -> ClassifyRun:
+        """One recorded execution of `texts` in batches, in a child that has a classifier."""
+        self._send(
+            {
+                "op": "classify",
+                "texts": [[list(text.ids), list(text.types)] for text in texts],
+                "batch_size": batch_size,
+                "max_seconds": max_seconds,
+            }
+        )
+        return ClassifyRun.from_json(self._reply("run", max_seconds + _GRACE_SECONDS, "a measurement"))
 
     def quit(self) -> dict[str, int | None]:
         """Ends the child and returns its memory figures, the peak of its whole life among them."""

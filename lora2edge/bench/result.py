@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from lora2edge.bench.load import Run
-from lora2edge.bench.scenario import Scenario
+from lora2edge.bench.scenario import LoadPattern, Scenario
 from lora2edge.bench.statistics import Ratio, geometric_mean, percentiles, ratio_of_rounds, thin
 
 _BUSY = 0.5
@@ -16,6 +16,21 @@ _BUSY = 0.5
 
 Round = Mapping[int, Mapping[str, Run]]
 """Concurrency → side → its run; both sides ran the same requests."""
+
+
+class AnySide(Protocol):
+    """What one side has, whatever was sent to it."""
+
+    @property
+    def peak_rss_bytes(self) -> int | None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+    @property
+    def failures(self) -> int: ...
+    @property
+    def failure_reasons(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +165,7 @@ def compare(
         ttft_ratio=ratio_of_rounds([_paired(pair, "ttft_ms", better_is_higher=False) for pair in alone]),
         itl_ratio=ratio_of_rounds([_median_itl(pair["baseline"]) / _median_itl(pair["artifact"]) for pair in alone]),
         qps_ratio=qps_ratio,
-        memory_ratio=_memory_ratio(baseline, artifact),
+        memory_ratio=memory_ratio(baseline, artifact),
         load_ratio=Ratio(baseline.load_s / max(artifact.load_s, 1e-9), None, None),
         rounds=len(rounds),
         order=order,
@@ -179,7 +194,8 @@ def _median_itl(run: Run) -> float:
     return max(float(percentiles(gaps)["p50"] or 0.0), 1e-6)
 
 
-def _memory_ratio(baseline: SideResult, artifact: SideResult) -> Ratio | None:
+def memory_ratio(baseline: AnySide, artifact: AnySide) -> Ratio | None:
+    """Peak of the baseline / of the artifact; None on different devices, or where the kernel does not say."""
     if baseline.facts["device"] != artifact.facts["device"]:
         return None
     if not baseline.peak_rss_bytes or not artifact.peak_rss_bytes:
@@ -187,7 +203,8 @@ def _memory_ratio(baseline: SideResult, artifact: SideResult) -> Ratio | None:
     return Ratio(baseline.peak_rss_bytes / artifact.peak_rss_bytes, None, None)
 
 
-def notes_on(results: Mapping[str, SideResult], load: float, rounds: int, scenario: Scenario) -> list[str]:
+def notes_on(results: Mapping[str, AnySide], load: float, rounds: int, scenario: LoadPattern) -> list[str]:
+    """What a reader of the figures should know: missing rounds, a busy machine, other devices, failures."""
     baseline, artifact = results["baseline"], results["artifact"]
     cores = len(os.sched_getaffinity(0))
     notes = []

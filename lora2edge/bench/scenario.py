@@ -15,13 +15,26 @@ from lora2edge.shipped import shipped
 from lora2edge.yamlfile import load_yaml, validate
 
 
-class Scenario(BaseModel):
-    """A closed-loop load pattern: so many requests at a time, each sent when an earlier one is done."""
+class LoadPattern(BaseModel):
+    """What every scenario has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     description: str = ""
+    rounds: int = Field(default=6, ge=2)
+    """Rounds wanted; each has every level on both sides. The unit of the intervals."""
+    warmup: int = Field(default=2, gt=0)
+    """Unmeasured requests, one after the other, before the first round; one set at the top level follows."""
+    max_seconds: float = Field(default=600.0, gt=0)
+    """Budget of the warm-up and all rounds, both sides together; loading is not in it."""
+    load_seconds: float = Field(default=1800.0, gt=0)
+    """Longest time that one side may take to open."""
+
+
+class Scenario(LoadPattern):
+    """A closed-loop load pattern: so many requests at a time, each sent when an earlier one is done."""
+
     requests: int = Field(default=4, gt=0)
     """Requests per round at each level of concurrency; rounded up to a multiple of the level."""
     prompt_tokens: int | None = Field(default=None, gt=0)
@@ -34,14 +47,6 @@ class Scenario(BaseModel):
     """Tokens that each request generates, exactly."""
     concurrency: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 4)
     """Levels: requests in flight at a time. Level 1 gives latencies, so it is always among them."""
-    rounds: int = Field(default=6, ge=2)
-    """Rounds wanted; each has every level on both sides. The unit of the intervals."""
-    warmup: int = Field(default=2, gt=0)
-    """Unmeasured requests, one after the other, before the first round; one set at the top level follows."""
-    max_seconds: float = Field(default=600.0, gt=0)
-    """Budget of the warm-up and all rounds, both sides together; loading is not in it."""
-    load_seconds: float = Field(default=1800.0, gt=0)
-    """Longest time that one side may take to open."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -57,8 +62,28 @@ class Scenario(BaseModel):
         return max(self.concurrency)
 
 
-def load_scenario(name: str) -> Scenario:
-    """The shipped scenario `name`, or the user's file where `name` is a path. Raises TargetError."""
+class ClassifyScenario(LoadPattern):
+    """A closed loop of batches of texts to a classifier: one at a time, the next when the last one is done."""
+
+    batch_sizes: tuple[Annotated[int, Field(gt=0)], ...] = (1, 8)
+    """Texts of a batch."""
+    texts: int = Field(default=64, gt=0)
+    """Per round at each batch size; rounded up to whole batches."""
+    tokens: int | None = Field(default=None, ge=3)
+    """Length that every text is made of, its inner tokens repeated or cut; None: texts as they are."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.batch_sizes or len(set(self.batch_sizes)) != len(self.batch_sizes):
+            raise ValueError("batch_sizes must hold at least one size, and each once")
+        return self
+
+
+def load_scenario(name: str) -> Scenario | ClassifyScenario:
+    """The shipped scenario `name`, or the user's file where `name` is a path. Raises TargetError.
+
+    One with `batch_sizes` is for classifiers.
+    """
     path = Path(name)
     if path.suffix in {".yaml", ".yml"}:
         return _read(path)
@@ -106,6 +131,28 @@ def context_needed(scenario: Scenario, requests: Sequence[Sequence[int]]) -> int
     return max(len(ids) for ids in requests) + scenario.new_tokens
 
 
-def _read(path: Path) -> Scenario:
+def language_scenarios(names: Sequence[str]) -> list[Scenario]:
+    """Those of `names` that are for language models; `chat` where there are none."""
+    found = [scenario for name in names if isinstance(scenario := load_scenario(name), Scenario)]
+    if names and not found:
+        chat = load_scenario("chat")
+        assert isinstance(chat, Scenario)
+        found = [chat]
+    return found
+
+
+def classify_scenarios(names: Sequence[str]) -> list[ClassifyScenario]:
+    """Those of `names` that are for classifiers; `classify` where there are none: a target names `chat` by default."""
+    found = [scenario for name in names if isinstance(scenario := load_scenario(name), ClassifyScenario)]
+    if names and not found:
+        classify = load_scenario("classify")
+        assert isinstance(classify, ClassifyScenario)
+        found = [classify]
+    return found
+
+
+def _read(path: Path) -> Scenario | ClassifyScenario:
     data: dict[str, Any] = {"name": path.stem.lower(), **load_yaml(path)}
+    if "batch_sizes" in data:
+        return validate(ClassifyScenario, data, str(path), "scenario-keys")
     return validate(Scenario, data, str(path), "scenario-keys")

@@ -2,6 +2,8 @@
 
     → {"op": "run", "concurrency": 2, "requests": [[ids], …], "max_new": 64, "max_seconds": 60}
     ← {"reply": "run", …}                     a Run, with every token's time
+    → {"op": "classify", "texts": [[ids, types], …], "batch_size": 8, "max_seconds": 60}
+    ← {"reply": "run", …}                     a ClassifyRun, with every batch's time
     → {"op": "quit"}
     ← {"reply": "quit", "memory": {…}}
 
@@ -21,16 +23,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
+from lora2edge.bench.batches import run_batches
 from lora2edge.bench.load import run_load
-from lora2edge.contracts import Session
+from lora2edge.contracts import Classifier, Encoded, Session
 from lora2edge.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, Lora2EdgeError
 
 _FIELDS = {"peak_rss_bytes": "VmHWM", "rss_bytes": "VmRSS", "anonymous_bytes": "RssAnon", "file_bytes": "RssFile"}
 
 
-def serve_stdio(open_session: Callable[[], Session]) -> NoReturn:
+def serve_stdio(open_session: Callable[[], Session | Classifier]) -> NoReturn:
     """`serve` on this process's standard input and output, then leaves without running exit handlers.
 
     What libraries print goes to standard error instead, C libraries included. Runtimes with their own threads
@@ -48,7 +51,7 @@ def serve_stdio(open_session: Callable[[], Session]) -> NoReturn:
     os._exit(code)
 
 
-def serve(open_session: Callable[[], Session], requests_in: TextIO, replies_out: TextIO) -> int:
+def serve(open_session: Callable[[], Session | Classifier], requests_in: TextIO, replies_out: TextIO) -> int:
     """Opens the session and obeys until told to quit; a session's error is a reply. Returns the exit code."""
 
     def reply(kind: str, data: Mapping[str, Any]) -> None:
@@ -58,7 +61,7 @@ def serve(open_session: Callable[[], Session], requests_in: TextIO, replies_out:
 
     start = read_memory()
     began = time.perf_counter()
-    session: Session | None = None
+    session: Session | Classifier | None = None
     try:
         session = open_session()
         load_s = time.perf_counter() - began
@@ -89,7 +92,7 @@ def read_memory() -> dict[str, int | None]:
     return {name: int(lines[field].split()[0]) * 1024 if field in lines else None for name, field in _FIELDS.items()}
 
 
-def _obey(session: Session, requests_in: TextIO, reply: Callable[[str, Mapping[str, Any]], None]) -> int:
+def _obey(session: Session | Classifier, requests_in: TextIO, reply: Callable[[str, Mapping[str, Any]], None]) -> int:
     messages: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     orphaned = threading.Event()
 
@@ -105,16 +108,28 @@ def _obey(session: Session, requests_in: TextIO, reply: Callable[[str, Mapping[s
         if message["op"] == "quit":
             reply("quit", {"memory": read_memory()})
             return EXIT_OK
-        run = run_load(
-            session,
-            message["requests"],
-            concurrency=message["concurrency"],
-            max_new=message["max_new"],
-            max_seconds=message["max_seconds"],
-            cancel=orphaned,
-        )
-        reply("run", run.to_json())
+        reply("run", _run(session, message, orphaned))
     return EXIT_INTERRUPTED
+
+
+def _run(session: Session | Classifier, message: Mapping[str, Any], cancel: threading.Event) -> dict[str, Any]:
+    if message["op"] == "classify":
+        texts = [Encoded(tuple(ids), tuple(types)) for ids, types in message["texts"]]
+        return run_batches(
+            cast("Classifier", session),
+            texts,
+            batch_size=message["batch_size"],
+            max_seconds=message["max_seconds"],
+            cancel=cancel,
+        ).to_json()
+    return run_load(
+        cast("Session", session),
+        message["requests"],
+        concurrency=message["concurrency"],
+        max_new=message["max_new"],
+        max_seconds=message["max_seconds"],
+        cancel=cancel,
+    ).to_json()
 
 
 def _words(error: Exception) -> str:

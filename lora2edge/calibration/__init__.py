@@ -2,6 +2,14 @@
 
 from lora2edge.calibration.replay import Inputs, Replay
 from lora2edge.calibration.statistics import calibrate
-from lora2edge.calibration.stored import StoredCalibration, open_calibration
+from lora2edge.calibration.stored import LabelledCalibration, StoredCalibration, open_calibration, store_labelled
 
-__all__ = ["Inputs", "Replay", "StoredCalibration", "calibrate", "open_calibration"]
+__all__ = [
+    "Inputs",
+    "LabelledCalibration",
+    "Replay",
+    "StoredCalibration",
+    "calibrate",
+    "open_calibration",
+    "store_labelled",
+]

@@ -22,7 +22,7 @@ from lora2edge.errors import CheckpointError, InputError, MissingExtraError, Uns
 
 _SLAB_ELEMENTS = 1 << 22
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_CLASSES: Mapping[Task, str] = {
+AUTO_CLASSES: Mapping[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
@@ -173,9 +173,7 @@ def empty_model(view: Checkpoint, dtype: str, device: str, *, meta: bool = False
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.initialization import no_init_weights
 
-    data = copy.deepcopy(dict(view.config))
-    data.pop("quantization_config", None)
-    kind = str(data.get("model_type"))
+    kind = str(view.config.get("model_type"))
     trusted = view.ref.trust_remote_code
     if kind not in CONFIG_MAPPING and not trusted:
         raise UnsupportedError(
@@ -186,14 +184,28 @@ def empty_model(view: Checkpoint, dtype: str, device: str, *, meta: bool = False
     makers = contextlib.ExitStack()
     with torch_errors(f"build a {kind} model"), quiet(), no_init_weights(), torch.device(device), makers:
         if kind in CONFIG_MAPPING:
-            config = CONFIG_MAPPING[kind].from_dict(data)
+            config = make_config(view)
         else:
             config = AutoConfig.from_pretrained(view.ref.base, trust_remote_code=True, local_files_only=True)
-            config.update(data)
+            config.update(_config_data(view))
         if meta:
             makers.enter_context(_parameters_on_meta())
-        auto = getattr(transformers, _CLASSES[view.task])
+        auto = getattr(transformers, AUTO_CLASSES[view.task])
         return auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trusted)
+
+
+def make_config(view: Checkpoint) -> Any:
+    """The view's config.json as transformers' object, of a kind that transformers knows."""
+    from transformers import CONFIG_MAPPING
+
+    data = _config_data(view)
+    return CONFIG_MAPPING[str(data.get("model_type"))].from_dict(data)
+
+
+def _config_data(view: Checkpoint) -> dict[str, Any]:
+    data = copy.deepcopy(dict(view.config))
+    data.pop("quantization_config", None)
+    return data
 
 
 @contextlib.contextmanager

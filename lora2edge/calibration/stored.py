@@ -16,10 +16,18 @@ import numpy as np
 
 from lora2edge.calibration.layout import Layout
 from lora2edge.checkpoint import decode
-from lora2edge.contracts import ChannelStats, Sample
+from lora2edge.contracts import ChannelStats, LabelledSample, Sample
 from lora2edge.errors import DataError
 from lora2edge.storage import digest, sha256_file, write_json
-from lora2edge.texts import describe_coverage, read_samples, samples_digest, write_samples
+from lora2edge.texts import (
+    describe_coverage,
+    labelled_digest,
+    read_labelled,
+    read_samples,
+    samples_digest,
+    write_labelled,
+    write_samples,
+)
 
 if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
@@ -75,6 +83,10 @@ class StoredCalibration:
     @functools.cached_property
     def samples(self) -> Sequence[Sample]:
         return read_samples(self.path / _SAMPLES)
+
+    @property
+    def classified(self) -> Sequence[LabelledSample]:
+        return ()
 
     @property
     def names(self) -> Sequence[str]:
@@ -192,7 +204,7 @@ def store(
     return done
 
 
-def open_calibration(path: Path) -> StoredCalibration:
+def open_calibration(path: Path) -> StoredCalibration | LabelledCalibration:
     """The calibration in folder `path`. Raises DataError where it is incomplete or was changed."""
     hint = f"remove {path}: the next build makes it again"
     try:
@@ -203,7 +215,51 @@ def open_calibration(path: Path) -> StoredCalibration:
     if manifest.get("schema") != _SCHEMA or changed:
         why = f"{', '.join(changed)} changed" if changed else "it was written by another version"
         raise DataError("stale-calibration", f"the calibration in {path} cannot be used", why=why, hint=hint)
-    return StoredCalibration(path, manifest)
+    return LabelledCalibration(path, manifest) if manifest.get("labelled") else StoredCalibration(path, manifest)
+
+
+class LabelledCalibration:
+    """Implements contracts.Calibration for a classifier: a folder of its samples, without statistics."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.digest: str = manifest["digest"]
+        """sha256 over the samples, hex."""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        return ()
+
+    @functools.cached_property
+    def classified(self) -> Sequence[LabelledSample]:
+        return read_labelled(self.path / _SAMPLES)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return ()
+
+    def vectors(self, name: str) -> ChannelStats:
+        raise KeyError(name)
+
+    def layer_inputs(self, layer: int) -> Iterator[FloatArray]:
+        raise DataError(
+            "no-layer-inputs",
+            f"the calibration in {self.path} did not keep what layer {layer} is given",
+            why="it is a classifier's, of which only the samples are kept",
+        )
+
+
+def store_labelled(folder: Path, samples: Sequence[LabelledSample]) -> LabelledCalibration:
+    """Writes a classifier's samples into the existing `folder`."""
+    write_labelled(folder / _SAMPLES, samples)
+    manifest = {
+        "schema": _SCHEMA,
+        "digest": labelled_digest(samples),
+        "labelled": True,
+        "files": {_SAMPLES: sha256_file(folder / _SAMPLES)},
+    }
+    write_json(folder / _MANIFEST, manifest)
+    return LabelledCalibration(folder, manifest)
 
 
 def pack_stats(stats: Mapping[str, ChannelStats]) -> bytes:

@@ -37,17 +37,18 @@ def command(out: Path, prove: bool, data: Path | None, force: bool, as_json: boo
     if as_json:
         print_json(result)
         return
-    from lora2edge.report.words import merge_base_lines, named_base
+    from lora2edge.report.words import merge_base_lines, named_base, unit
 
     for match in result["named_bases"]:
         if match["same_name"] is False:
             click.echo(f"note: {named_base(match)}")
     if merge_base := result.get("merge_base"):
-        click.echo("\n".join(merge_base_lines(merge_base)))
+        click.echo("\n".join(merge_base_lines(merge_base, unit(result))))
     click.echo(f"{out}: {result['tensors']} tensors, {result['adapted']} of them adapted")
     click.echo(f"worst formula error {result['worst_formula_error']:.1e} (relative)")
     if proof := result.get("merge"):
+        of = unit(result)
         click.echo(
             f"math_kl {proof['math_kl']:.1e}  rounding_kl {proof['rounding_kl']:.1e}  "
-            f"kl_mean {proof['kl_mean']:.1e}  floor_kl {proof['floor_kl']:.1e} nats per token"
+            f"kl_mean {proof['kl_mean']:.1e}  floor_kl {proof['floor_kl']:.1e} nats per {of}"
         )

@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from lora2edge.contracts import Progress, Sample
+from lora2edge.contracts import AnySample, Progress
 from lora2edge.quality.divergence import Divergence, compare
 from lora2edge.quality.gain import Estimate, estimate
 from lora2edge.quality.proof import PROOF_POSITIONS
-from lora2edge.quality.reference import TorchSession
-from lora2edge.quality.states import first_samples, take_states
+from lora2edge.quality.states import LANGUAGE, Runner, first_samples
 
 
 def choose_nearest(
-    open_live: Callable[[], TorchSession],
-    candidates: Mapping[str, Callable[[], TorchSession]],
-    samples: Sequence[Sample],
+    open_live: Callable[[], Any],
+    candidates: Mapping[str, Callable[[], Any]],
+    samples: Sequence[AnySample],
     *,
     seed: int,
     progress: Progress,
+    runner: Runner = LANGUAGE,
 ) -> dict[str, Any]:
     """KL(live ‖ candidate) and perplexity of each candidate on the first of `samples`, JSON-ready; the least is chosen.
 
@@ -31,9 +31,9 @@ def choose_nearest(
     """
     chosen = first_samples(samples, PROOF_POSITIONS)
     progress.start("base of the merge", (1 + len(candidates)) * len(chosen), "samples")
-    live = take_states(open_live(), chosen, progress)
+    live = runner.take(open_live(), chosen, progress)
     found = {
-        name: compare(live.logits(), take_states(session(), chosen, progress).logits(), chosen)
+        name: compare(live.logits(), runner.take(session(), chosen, progress).logits(), chosen)
         for name, session in candidates.items()
     }
     progress.finish()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora2edge.contracts import Sample
+from lora2edge.contracts import AnySample
 from lora2edge.errors import GateError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -53,10 +53,12 @@ class Divergence:
 def compare(
     reference: Iterable[FloatArray],
     artifact: Iterable[FloatArray],
-    samples: Sequence[Sample],
+    samples: Sequence[AnySample],
     advance: Callable[[], None] = lambda: None,
 ) -> Divergence:
     """Compares logits (`[n, V]` float32 for the scored positions of each sample, in order), in float64.
+
+    V is the vocabulary, or the classes of a classifier.
 
     KL is clipped at 0: what is below is rounding. Raises UnsupportedError where the vocabularies differ in size,
     GateError where a logit is not finite.
@@ -65,7 +67,7 @@ def compare(
     kl_parts: list[FloatArray] = []
     for index, (sample, ours, theirs) in enumerate(zip(samples, reference, artifact, strict=True)):
         _check(ours, theirs, index)
-        targets = np.asarray(sample.ids)[sample.prompt_length :]
+        targets = np.asarray(sample.targets)
         nll_reference = nll_artifact = flips = 0.0
         kls = np.empty(len(targets), np.float64)
         for start, stop in slabs(*ours.shape):
@@ -92,13 +94,13 @@ def compare(
 
 
 def sample_nll(
-    logits: Iterable[FloatArray], samples: Sequence[Sample], advance: Callable[[], None] = lambda: None
+    logits: Iterable[FloatArray], samples: Sequence[AnySample], advance: Callable[[], None] = lambda: None
 ) -> Float64Array:
-    """`[S]` float64: the sum of −log p(token) over each sample's response tokens, nats. Raises as `compare` does."""
+    """`[S]` float64: the sum of −log p(target) over each sample's scored positions, nats. Raises as `compare` does."""
     found = []
     for index, (sample, values) in enumerate(zip(samples, logits, strict=True)):
         _check(values, values, index)
-        targets = np.asarray(sample.ids)[sample.prompt_length :]
+        targets = np.asarray(sample.targets)
         total = 0.0
         for start, stop in slabs(*values.shape):
             total -= float(log_softmax(values[start:stop])[np.arange(stop - start), targets[start:stop]].sum())

@@ -41,9 +41,10 @@ def estimate(
     """`figure` of the sums over all items, with a percentile bootstrap interval (Efron, 1979) over items.
 
     `sums`: name → `[S]` per-item sums; `figure` takes them by name as numbers, or as arrays of one number a
-    resample. Items, not tokens, are drawn again: tokens of one answer are not independent. Deterministic in `seed`.
+    resample; of `[S, k]` as k numbers, or as `[resamples, k]`.
+    Items, not tokens, are drawn again: tokens of one answer are not independent. Deterministic in `seed`.
     """
-    value = float(figure(**{name: values.sum() for name, values in sums.items()}))
+    value = float(figure(**{name: values.sum(axis=0) for name, values in sums.items()}))
     items = len(next(iter(sums.values())))
     if items < 2:
         return Estimate(value, None, None)
@@ -79,14 +80,16 @@ def gain(base_nll: Float64Array, divergence_nll: Float64Array, count: NDArray[np
     return estimate(lambda base, tuned, count: (base - tuned) / count, sums, seed)
 
 
-def gain_kept(base_nll: Float64Array, divergence: Divergence, seed: int) -> tuple[Estimate | None, str]:
-    """(NLL(base) − NLL(artifact)) / gain, or None and the reason why it means nothing here."""
+def gain_kept(
+    base_nll: Float64Array, divergence: Divergence, seed: int, unit: str = "token"
+) -> tuple[Estimate | None, str]:
+    """(NLL(base) − NLL(artifact)) / gain, or None and the reason why it means nothing here. `unit`: what is scored."""
     bought = gain(base_nll, divergence.nll_reference, divergence.count, seed)
     if bought.low is None:
         return None, "one item is too few for an interval"
     if bought.low <= LEAST_GAIN:
         return None, (
-            f"on this text the adapter's gain is {bought.value:.4f} nats per token, and its 95 % interval "
+            f"on this text the adapter's gain is {bought.value:.4f} nats per {unit}, and its 95 % interval "
             f"({bought.low:.4f} to {bought.high:.4f}) reaches 0: a share of it means nothing"
         )
     sums = {"base": base_nll, "tuned": divergence.nll_reference, "artifact": divergence.nll_artifact}

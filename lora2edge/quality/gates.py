@@ -9,24 +9,34 @@ from typing import Any, Literal
 from lora2edge.target import Gate, Target
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+GateVerdict = Literal["pass", "fail", "inconclusive", "not applicable"]
+_LANGUAGE, _CLASSIFIER = {"ppl_ratio"}, {"macro_f1", "macro_f1_loss"}
+"""Figures of one task only."""
 _WITHOUT = {"gain_kept": "gain_kept_reason", "accuracy": "accuracy_reason"}
 """Figures that some texts do not have, and where the reason is. Their gates then rest on KL's."""
 
 
 def judge(target: Target, quality: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Verdict]:
-    """Every gate of `target` on `quality` (what `measure_quality` gave), and the target's verdict.
+    """Every gate of `target` on `quality` (of `measure_quality` or `measure_classifier`), and the target's verdict.
 
     A gate passes when the whole 95 % interval meets the bound, fails when the whole interval misses it, and is
     inconclusive where the interval straddles it. A gate on a figure that this text does not have takes the verdict
-    of the gate on mean KL, and is inconclusive without one. The target fails with any gate of action `fail`.
+    of the gate on mean KL, and is inconclusive without one. One on a figure that models of this task never have is not
+    applicable, and binds nothing. The target fails with any gate of action `fail`.
     """
     gates = []
+    classifies = "macro_f1" in quality
     for metric, gate in target.gates.items():
         estimate = quality["intervals"].get(metric)
-        if metric in _WITHOUT and quality.get(metric) is None:
+        verdict: GateVerdict
+        if metric in (_LANGUAGE if classifies else _CLASSIFIER):
+            others = "a language model" if classifies else "a classifier"
+            verdict, reason = "not applicable", f"not measured: it is a figure of {others}"
+            estimate = {"value": None, "low": None, "high": None}
+        elif metric in _WITHOUT and quality.get(metric) is None:
             reason = f"{quality.get(_WITHOUT[metric]) or 'it was not measured'}; this gate rests on kl_mean"
             kl_gate = target.gates.get("kl_mean")
-            verdict: Verdict = _verdict(kl_gate, quality["intervals"]["kl_mean"])[0] if kl_gate else "inconclusive"
+            verdict = _verdict(kl_gate, quality["intervals"]["kl_mean"])[0] if kl_gate else "inconclusive"
             estimate = {"value": None, "low": None, "high": None}
         else:
             verdict, reason = _verdict(gate, estimate)

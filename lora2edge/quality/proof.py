@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora2edge.contracts import Progress, Sample
+import numpy as np
+
+from lora2edge.contracts import AnySample, Progress
 from lora2edge.errors import GateError, ProofError
 from lora2edge.quality.divergence import Divergence, compare
-from lora2edge.quality.reference import TorchSession, inputs_of
-from lora2edge.quality.states import States, first_samples, take_states
-
-if TYPE_CHECKING:
-    from lora2edge.contracts import FloatArray
+from lora2edge.quality.states import LANGUAGE, Answers, Runner, first_samples
 
 PROOF_POSITIONS = 2000
 """Scored positions of the proof: an error of the merge shows at every one of them."""
@@ -49,27 +47,32 @@ class MergeProof:
     """The same in float32, merged weights rounded as they are written."""
     positions: int
     bounds: dict[str, float]
-    """What `math_kl`, `rounding_kl` and `kl_mean` had to stay under."""
+    """What the first three, and `logit_error` where it is there, had to stay under."""
+    logit_error: float | None = None
+    """Of a classifier: largest |merged − live| of any logit / largest |live|, both float32, weights unrounded. Where
+    the classes are far apart, KL sees little of a wrong logit."""
 
 
 def verify_merge(
-    open_live: Callable[[str], TorchSession],
-    open_merged: Callable[[str, bool], TorchSession],
-    samples: Sequence[Sample],
+    open_live: Callable[[str], Any],
+    open_merged: Callable[[str, bool], Any],
+    samples: Sequence[AnySample],
     *,
     dtype: str,
     progress: Progress,
+    runner: Runner = LANGUAGE,
 ) -> MergeProof:
     """Measures the merge against PEFT's live adapter; raises ProofError where the merged model is another one.
 
     `open_live(dtype)` and `open_merged(dtype, rounded)` open sessions; one is open at a time, and what is kept of
-    the live ones is hidden states and output layer. `dtype` is the checkpoint's.
+    the live ones is what `runner` takes of them. `dtype` is the checkpoint's.
 
     The bounds, and why:
     - math_kl ≤ 1e-9, or 1e-6 of floor_kl where that is more: both sides compute the same sum in float32.
     - rounding_kl ≤ 1e-5, or 2 · floor_kl: rounding each weight once cannot cost more than rounding each weight's
       product on its way through the same network, which is the floor; 2 because both are estimates.
       A checkpoint stored in float32 is not rounded: the first bound holds.
+    - logit_error ≤ the runner's bound, of a classifier.
     - kl_mean ≤ 1e-5, or 3 · floor_kl: live and merged carry rounding errors of one size that are independent, which
       makes 2 · floor_kl, and the rounded weights add up to one more (measured: 1.1 to 1.7 in all).
     Anything that is not finite is an error.
@@ -78,13 +81,15 @@ def verify_merge(
     narrow = dtype != "float32"
     progress.start("merge proof", (6 if narrow else 4) * len(chosen), "samples")
     try:
-        live, adapter = _live(open_live("float32"), chosen, progress)
-        mathematics = _against(live, open_merged("float32", False), chosen, progress)
-        rounding = _against(live, open_merged("float32", True), chosen, progress)
+        live, adapter = runner.take_live(open_live("float32"), chosen, progress)
+        exact_answers = runner.take(open_merged("float32", False), chosen, progress)
+        mathematics = compare(live.logits(), exact_answers.logits(), chosen)
+        logit_error = None if runner.logit_bound is None else _largest_error(live, exact_answers)
+        rounding = _against(live, runner.take(open_merged("float32", True), chosen, progress), chosen)
         written, floor_kl, kl_mean = rounding, 0.0, rounding.kl_mean
         if narrow:
-            live_narrow = take_states(open_live(dtype), chosen, progress)
-            merged = take_states(open_merged(dtype, True), chosen, progress)
+            live_narrow = runner.take(open_live(dtype), chosen, progress)
+            merged = runner.take(open_merged(dtype, True), chosen, progress)
             floor_kl = compare(live.logits(), live_narrow.logits(), chosen).kl_mean
             kl_mean = compare(live_narrow.logits(), merged.logits(), chosen).kl_mean
             written = compare(live.logits(), merged.logits(), chosen)
@@ -105,7 +110,9 @@ def verify_merge(
             "math_kl": exact,
             "rounding_kl": max(ROUNDING_KL, ROUNDING_FLOORS * floor_kl) if narrow else exact,
             "kl_mean": max(ROUNDING_KL, WRITTEN_FLOORS * floor_kl) if narrow else exact,
+            **({} if runner.logit_bound is None else {"logit_error": runner.logit_bound}),
         },
+        logit_error=logit_error,
     )
     _judge(proof)
     return proof
@@ -122,38 +129,26 @@ def join_proofs(proofs: Sequence[MergeProof], reference: str) -> dict[str, Any]:
     return {**joined, "steps": [asdict(proof) for proof in proofs] if len(proofs) > 1 or reference else []}
 
 
-def _live(session: TorchSession, samples: Sequence[Sample], progress: Progress) -> tuple[States, Divergence]:
-    """The live model's states, and how far they are from those of the base alone; closes the session."""
-    try:
-        live = States(session.hidden(*inputs_of(samples), progress.advance), session.head)
-        with session.adapter_off():
-            base = session.hidden(*inputs_of(samples), progress.advance)
-        return live, compare(live.logits(), _without_adapter(session, base), samples)
-    finally:
-        session.close()
+def _against(live: Answers, merged: Answers, samples: Sequence[AnySample]) -> Divergence:
+    return compare(live.logits(), merged.logits(), samples)
 
 
-def _without_adapter(session: TorchSession, hidden: Sequence[FloatArray]) -> Iterator[FloatArray]:
-    """The adapter is switched off for each call alone: the live logits come from the same output layer."""
-    for states in hidden:
-        with session.adapter_off():
-            logits = session.head(states)
-        yield logits
-
-
-def _against(live: States, session: TorchSession, samples: Sequence[Sample], progress: Progress) -> Divergence:
-    return compare(live.logits(), take_states(session, samples, progress).logits(), samples)
+def _largest_error(live: Answers, merged: Answers) -> float:
+    """Largest difference of any logit, of the largest logit; NaN where there is one."""
+    pairs = list(zip(live.logits(), merged.logits(), strict=True))
+    error = np.max([np.abs(theirs - ours).max() for ours, theirs in pairs])
+    return float(error / max(np.max([np.abs(ours).max() for ours, _ in pairs]), np.float32(1e-30)))
 
 
 def _judge(proof: MergeProof) -> None:
     """Raises ProofError with every figure that is over its bound. A NaN is over any bound."""
-    figures = {"math_kl": proof.math_kl, "rounding_kl": proof.rounding_kl, "kl_mean": proof.kl_mean}
+    figures = {name: getattr(proof, name) for name in proof.bounds}
     missed = [name for name, value in figures.items() if not value <= proof.bounds[name]]
     if missed or not math.isfinite(proof.floor_kl):
         why = ", ".join(f"{name} is {figures[name]:.3g}, allowed are {proof.bounds[name]:.3g}" for name in missed)
         raise ProofError(
             "merge-proof",
             "the merged model does not answer like base + live adapter",
-            why=f"{why or 'floor_kl is not finite'} nats per token over {proof.positions} positions",
+            why=f"{why or 'floor_kl is not finite'}; KL in nats, over {proof.positions} positions",
             hint="do not ship it; check that the adapter was trained on this base, and report this if it was",
         )

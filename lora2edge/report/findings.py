@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lora2edge.report import words
+from lora2edge.report import classifier, words
 
 _ACCURACY_DROP = 0.05
 _KEPT_LITTLE = 0.9
@@ -38,7 +38,11 @@ def headline(report: Mapping[str, Any]) -> str:
     if report["verdict"] == "inconclusive":
         names = ", ".join(by_verdict["inconclusive"]) or "The build"
         return f"{names}: the interval straddles a bound. More test data would decide it."
-    gated = [name for name, target in targets.items() if target.get("gates")]
+    gated = [
+        name
+        for name, target in targets.items()
+        if any(gate["verdict"] != "not applicable" for gate in target.get("gates", []))
+    ]
     if not gated:
         return f"{len(targets)} of {len(targets)} targets were built. No gate was set."
     return f"{len(targets)} of {len(targets)} targets were built and met every gate that fails a build."
@@ -54,18 +58,19 @@ def find(report: Mapping[str, Any]) -> list[Finding]:
 
 
 def _of_the_build(report: Mapping[str, Any]) -> Iterator[Finding]:
-    merge = report.get("merge")
+    merge, unit = report.get("merge"), words.unit(report)
     if merge and merge.get("verdict", "pass") != "pass":
         tone: Tone = "fail" if merge["verdict"] == "fail" else "warn"
         yield Finding(
             tone,
             "merge",
-            f"KL {words.figure(merge['kl_mean'])} nats per token against base + live adapter, "
-            f"same top token at {words.percent(merge['top1_agreement'], 2)} of {merge['positions']} positions.",
+            f"KL {words.figure(merge['kl_mean'])} nats per {unit} against base + live adapter, "
+            f"{words.same_top(unit)} at {words.percent(merge['top1_agreement'], 2)} of {merge['positions']} "
+            f"{words.scored(unit)}.",
         )
     if chosen := report.get("merge_base"):
         told = chosen["measured"]
-        yield Finding("warn" if told and not told["decided"] else "note", "merge", _sentence(chosen))
+        yield Finding("warn" if told and not told["decided"] else "note", "merge", _sentence(chosen, unit))
     if merge is None:
         yield Finding("warn", "merge", "There is no merge proof in this report.")
     if merge and merge.get("reference"):
@@ -84,14 +89,14 @@ def _of_the_build(report: Mapping[str, Any]) -> Iterator[Finding]:
             "warn",
             "adapter",
             f"The adapter did not clearly lower the loss on the test data: gain "
-            f"{words.figure(baseline['gain']['value'])} {words.interval(baseline['gain'])} nats per token.",
+            f"{words.figure(baseline['gain']['value'])} {words.interval(baseline['gain'])} nats per {unit}.",
         )
     for path in report.get("not_finite", []):
         yield Finding("fail", path, "This figure was infinite or not a number; report.json holds null for it.")
 
 
-def _sentence(chosen: Mapping[str, Any]) -> str:
-    return ". ".join(words.merge_base_lines(chosen)) + "."
+def _sentence(chosen: Mapping[str, Any], unit: str) -> str:
+    return ". ".join(words.merge_base_lines(chosen, unit)) + "."
 
 
 def _of_a_target(name: str, target: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Finding]:
@@ -107,7 +112,11 @@ def _of_a_target(name: str, target: Mapping[str, Any], report: Mapping[str, Any]
         told = any(gate["metric"] == "gain_kept" and gate["value"] is None for gate in target.get("gates", []))
         if quality.get("gain_kept") is None and not told:
             yield Finding("warn", name, _sentences("No gain kept", quality.get("gain_kept_reason", "")))
-        yield from _of_accuracy(name, quality, report.get("baseline") or {})
+        baseline = report.get("baseline") or {}
+        if "by_class" in quality:
+            yield from (Finding("warn", name, text) for text in classifier.of_classes(quality, baseline))
+        else:
+            yield from _of_accuracy(name, quality, baseline)
     for note in ((target.get("lowering") or {}).get("notes") or {}).get("notes") or ():
         yield Finding("note", name, f"{note[:1].upper()}{note[1:]}.")
     yield from _of_tokenizer(name, target.get("tokenizer"))
@@ -120,10 +129,14 @@ def _of_a_target(name: str, target: Mapping[str, Any], report: Mapping[str, Any]
 
 
 def _of_gates(name: str, target: Mapping[str, Any]) -> Iterator[Finding]:
-    if not target.get("gates"):
+    if all(gate["verdict"] == "not applicable" for gate in target.get("gates", [])):
         yield Finding("note", name, "No gates: this target could not fail on quality.")
     for gate in target.get("gates", []):
         if gate["verdict"] == "pass":
+            continue
+        if gate["verdict"] == "not applicable":
+            label = words.METRIC_NAMES.get(gate["metric"], gate["metric"])
+            yield Finding("note", name, _sentences(f"The gate on {label} does not apply", gate["reason"]))
             continue
         tone: Tone = "fail" if gate["verdict"] == "fail" and gate["action"] == "fail" else "warn"
         how = "misses" if gate["verdict"] == "fail" else "may or may not meet"
@@ -191,6 +204,15 @@ def _of_speed(name: str, target: Mapping[str, Any]) -> Iterator[Finding]:
     if speed is None:
         yield Finding("note", name, _sentences("Speed was not measured", target.get("speed_reason", "")))
         return
+    if "latency_ms" in speed:
+        yield from (Finding("warn", name, text) for text in classifier.of_speed(name, speed))
+    else:
+        yield from _of_generation(name, speed)
+    for note in speed.get("notes", []):
+        yield Finding("warn" if "fail" in note or "busy" in note else "note", name, f"Speed: {note}.")
+
+
+def _of_generation(name: str, speed: Mapping[str, Any]) -> Iterator[Finding]:
     for level, ratio in speed["qps_ratio"].items():
         if ratio and (ratio.get("high") or ratio["value"]) < 1:
             yield Finding(
@@ -207,8 +229,6 @@ def _of_speed(name: str, target: Mapping[str, Any]) -> Iterator[Finding]:
                 name,
                 f"{label} is slower than the baseline's: {words.times(ratio['value'])} {words.interval(ratio)}.",
             )
-    for note in speed.get("notes", []):
-        yield Finding("warn" if "fail" in note or "busy" in note else "note", name, f"Speed: {note}.")
 
 
 def _sentences(*parts: str) -> str:

@@ -16,11 +16,35 @@ _LABEL = 8.0
 """Pixels a character, roughly, of a label at the size that phones get."""
 
 
+_Rows = list[tuple[str, list[tuple[str, Mapping[str, Any] | None]]]]
+"""Label, and the ratio of each target."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plot:
     title: str
     svg: str
     caption: str
+
+
+def draw_classify_plots(targets: Mapping[str, Any]) -> list[Plot]:
+    """A classifier's texts per second by batch size, and the distributions of the batches' times."""
+    measured = {name: target["speed"] for name, target in targets.items() if target.get("speed")}
+    if not measured:
+        return []
+    series = {name: number for number, name in enumerate(targets)}
+    sizes = list(dict.fromkeys(size for speed in measured.values() for size in speed["qps_ratio"]))
+    rows = [
+        (label.format(size), [(name, speed[key].get(size)) for name, speed in measured.items()])
+        for label, key in (("latency, {}", "latency_ratio"), ("texts/s, {}", "qps_ratio"))
+        for size in sizes
+    ]
+    rows.append(("memory", [(name, speed["memory_ratio"]) for name, speed in measured.items()]))
+    plots = [_ratios(rows, measured, series), _qps(measured, series, "texts", "texts in a batch")]
+    for size in sizes:
+        if any(speed["samples"].get(size) for speed in measured.values()):
+            plots.append(_latency(measured, series, size, f"Time of a batch of {size}", "One batch at a time."))
+    return plots
 
 
 def draw_quality_plots(report: Mapping[str, Any]) -> list[Plot]:
@@ -30,7 +54,7 @@ def draw_quality_plots(report: Mapping[str, Any]) -> list[Plot]:
         drawn.append(_kl_against_size(report))
     if any((target.get("quality") or {}).get("gain_kept") for target in report["targets"].values()):
         drawn += [_gain_against_size(report), _gain_kept(report)]
-        if any(target.get("speed") for target in report["targets"].values()):
+        if any("decode_ratio" in (target.get("speed") or {}) for target in report["targets"].values()):
             drawn.append(_gain_against_speed(report))
     return drawn
 
@@ -41,7 +65,7 @@ def draw_speed_plots(targets: Mapping[str, Any]) -> list[Plot]:
     if not measured:
         return []
     series = {name: number for number, name in enumerate(targets)}
-    plots = [_ratios(measured, series), _qps(measured, series)]
+    plots = [_ratios(_generation_rows(measured), measured, series), _qps(measured, series)]
     for key, title in (("ttft_ms", "Time to first token"), ("itl_ms", "Time between tokens")):
         if any(speed["samples"][key] for speed in measured.values()):
             plots.append(_latency(measured, series, key, title))
@@ -119,7 +143,7 @@ def _kl_against_size(report: Mapping[str, Any]) -> Plot:
     return Plot(
         "Divergence against size",
         canvas.to_svg(),
-        "KL(baseline ‖ artifact), nats per token, logarithmic: lower is closer to base + live adapter. "
+        f"KL(baseline ‖ artifact), nats per {words.unit(report)}, logarithmic: lower is closer to base + live adapter. "
         "Bars: 95 % intervals.",
     )
 
@@ -232,9 +256,8 @@ def _lower_bound(target: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _ratios(measured: Mapping[str, Any], series: Mapping[str, int]) -> Plot:
-    """Each ratio with its interval, on one logarithmic axis around 1."""
-    rows: list[tuple[str, list[tuple[str, Mapping[str, Any] | None]]]] = [
+def _generation_rows(measured: Mapping[str, Any]) -> _Rows:
+    rows: _Rows = [
         ("decoding", [(name, speed["decode_ratio"]) for name, speed in measured.items()]),
         ("first token", [(name, speed["ttft_ratio"]) for name, speed in measured.items()]),
     ]
@@ -243,6 +266,11 @@ def _ratios(measured: Mapping[str, Any], series: Mapping[str, int]) -> Plot:
         ratios = [(name, speed["qps_ratio"].get(level)) for name, speed in measured.items()]
         rows.append((f"requests/s at {level}", ratios))
     rows.append(("memory", [(name, speed["memory_ratio"]) for name, speed in measured.items()]))
+    return rows
+
+
+def _ratios(rows: _Rows, measured: Mapping[str, Any], series: Mapping[str, int]) -> Plot:
+    """Each ratio with its interval, on one logarithmic axis around 1."""
     ends = [ratio[end] for _, ratios in rows for _, ratio in ratios if ratio for end in ("low", "value", "high")]
     names = list(measured)
     top, pitch = 14 + _legend_height(names), max(30, 12 * len(names) + 10)
@@ -270,14 +298,16 @@ def _ratios(measured: Mapping[str, Any], series: Mapping[str, int]) -> Plot:
     )
 
 
-def _qps(measured: Mapping[str, Any], series: Mapping[str, int]) -> Plot:
+def _qps(
+    measured: Mapping[str, Any], series: Mapping[str, int], what: str = "requests", axis: str = "requests at a time"
+) -> Plot:
     levels = list(dict.fromkeys(level for speed in measured.values() for level in speed["qps"]))
     first = next(iter(measured.values()))
     bars = [("baseline", "fill base", first["baseline"]["qps"])]
     bars += [(name, f"fill s{series[name] % 8}", speed["qps"]) for name, speed in measured.items()]
     legend = _legend_height([name for name, _, _ in bars])
     top, bottom = 14 + legend, 234 + legend
-    canvas = Canvas(bottom + 48, "Requests per second by concurrency")
+    canvas = Canvas(bottom + 48, f"{what.capitalize()} per second by {axis}")
     _legend(canvas, [(name, css) for name, css, _ in bars])
     y = linear([value for _, _, qps in bars for value in qps.values()], bottom, top, zero=True)
     canvas.axis_y(y, 46, WIDTH - 8, [words.tick(tick) for tick in y.ticks()])
@@ -290,20 +320,26 @@ def _qps(measured: Mapping[str, Any], series: Mapping[str, int]) -> Plot:
             if value is None:
                 continue
             x = middle + (index - len(bars) / 2) * width
-            canvas.rect(x + 1, y(value), width - 2, bottom - y(value), css, f"{name}: {words.figure(value)} requests/s")
+            canvas.rect(x + 1, y(value), width - 2, bottom - y(value), css, f"{name}: {words.figure(value)} {what}/s")
             if width >= 26:
                 canvas.text(x + width / 2, y(value) - 4, words.figure(value, 2), "small", "middle")
         canvas.text(middle, bottom + 16, level, "tick", "middle")
     canvas.line(46, bottom, WIDTH - 8, bottom, "axis")
-    canvas.text((46 + WIDTH - 8) / 2, bottom + 36, "requests at a time", "name", "middle")
+    canvas.text((46 + WIDTH - 8) / 2, bottom + 36, axis, "name", "middle")
     other = " The baseline is the one measured beside the first target." if len(measured) > 1 else ""
-    return Plot("Requests per second", canvas.to_svg(), f"Higher is better.{other}")
+    return Plot(f"{what.capitalize()} per second", canvas.to_svg(), f"Higher is better.{other}")
 
 
-def _latency(measured: Mapping[str, Any], series: Mapping[str, int], key: str, title: str) -> Plot:
+def _latency(
+    measured: Mapping[str, Any],
+    series: Mapping[str, int],
+    key: str,
+    title: str,
+    how: str = "One request at a time.",
+) -> Plot:
     first = next(iter(measured.values()))
-    lines = [("baseline", "base", first["baseline"]["samples"][key])]
-    lines += [(name, f"s{series[name] % 8}", speed["samples"][key]) for name, speed in measured.items()]
+    lines = [("baseline", "base", first["baseline"]["samples"].get(key) or [])]
+    lines += [(name, f"s{series[name] % 8}", speed["samples"].get(key) or []) for name, speed in measured.items()]
     lines = [(name, css, values) for name, css, values in lines if values]
     legend = _legend_height([name for name, _, _ in lines])
     top, bottom = 14 + legend, 234 + legend
@@ -319,7 +355,7 @@ def _latency(measured: Mapping[str, Any], series: Mapping[str, int], key: str, t
     return Plot(
         f"{title}: distribution",
         canvas.to_svg(),
-        "Share of figures at or below. Further left is faster; steeper is steadier. One request at a time.",
+        f"Share of figures at or below. Further left is faster; steeper is steadier. {how}",
     )
 
 

@@ -10,21 +10,12 @@ from typing import Any
 
 from lora2edge.report import plots, tables, words
 from lora2edge.report.findings import Finding, find, headline
+from lora2edge.report.view import view_of
 
 _FOLDER = Path(__file__).resolve().parent
 _ICONS = {"fail": "✕", "warn": "!", "note": "·"}
 _HEAT_MAPS = 3
 """Targets whose damage is drawn; the others have the table only."""
-_TERMS = (
-    ("Baseline", "The base with the adapter live on it, unmerged, in PyTorch through PEFT. All else is against it."),
-    ("Gain", "NLL(base) − NLL(baseline), nats per token: what the adapter bought on held-out text."),
-    ("Gain kept", "(NLL(base) − NLL(artifact)) / gain. 100 %: nothing of the fine-tune was lost. 0 %: all of it."),
-    ("KL", "KL(baseline ‖ artifact), nats per token, over the positions that predict a response token."),
-    ("Flips", "Share of those positions whose most likely next token is another one than the baseline's."),
-    ("× baseline", "Above 1 is better than the baseline, whatever the figure: 2 × time to first token is half of it."),
-    ("[low, high]", "95 % interval: over items of text for quality, over paired rounds for speed."),
-    ("Peak memory", "Largest resident memory of the measured process, Python, libraries and mapped files included."),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +43,13 @@ def make_sections(report: Mapping[str, Any]) -> list[Section]:
     """What the report shows, in its order; sections without content are left out."""
     targets = report["targets"]
     merge, chosen = report.get("merge"), report.get("merge_base")
+    view, unit = view_of(report), words.unit(report)
     found = [
         Section("findings", "What to know", findings=tuple(find(report))),
         Section(
             "targets",
             "Targets",
-            tables=(tables.headline_table(report),),
+            tables=(view.headline(report),),
             plots=tuple(plots.draw_quality_plots(report)),
         ),
         Section(
@@ -65,21 +57,21 @@ def make_sections(report: Mapping[str, Any]) -> list[Section]:
             "Merge proof",
             intro="Whether the merged checkpoint is still base + live adapter, before anything was quantized.",
             tables=(
-                *((tables.merge_base_table(chosen),) if chosen and chosen["measured"] else ()),
-                *((tables.proof_table(merge),) if merge else ()),
+                *((tables.merge_base_table(chosen, unit),) if chosen and chosen["measured"] else ()),
+                *((tables.proof_table(merge, unit),) if merge else ()),
             ),
         ),
         Section(
             "quality",
             "Quality",
-            tables=(tables.gates_table(targets), tables.quality_table(report), *tables.accuracy_tables(report)),
+            tables=(tables.gates_table(targets), *view.quality(report)),
         ),
         Section(
             "speed",
             "Speed",
             intro="Baseline and artifact in turns, each in its own process, same token ids, same lengths.",
-            tables=tuple(tables.speed_tables(targets)),
-            plots=tuple(plots.draw_speed_plots(targets)),
+            tables=tuple(tables.speed_tables(targets, view.speed)),
+            plots=tuple(view.speed_plots(targets)),
         ),
         Section(
             "damage",
@@ -105,7 +97,7 @@ def make_sections(report: Mapping[str, Any]) -> list[Section]:
                 tables.stages_table(report["stages"]),
             ),
         ),
-        Section("words", "Words", terms=_TERMS),
+        Section("words", "Words", terms=view.terms),
     ]
     return [
         section

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA = 1
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+Task = Literal["causal-lm", "sequence-classification", "token-classification"]
 
 
 class _Strict(BaseModel):
@@ -140,7 +141,9 @@ class MergeProof(_Strict):
     top1_agreement_float32: float | None = None
     positions: int
     bounds: dict[str, float] = Field(default_factory=dict)
-    """What the first three had to stay under."""
+    """What the first three, and `logit_error`, had to stay under."""
+    logit_error: float | None = None
+    """Of a classifier: largest error of a merged logit (float32, unrounded), of the largest logit."""
     reference: str = ""
     """Not empty where nothing computes the adapters' combination live: then each was proved alone, and no more."""
     steps: list[dict[str, Any]] = Field(default_factory=list)
@@ -173,6 +176,46 @@ class Baseline(_Strict):
     measured_at: str = ""
 
 
+class ClassFigures(_Strict):
+    """One class. None where there is nothing to divide by."""
+
+    support: int
+    """How often it is right in the test text."""
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+class ClassifierBase(_Strict):
+    """The base without the adapter; `chance`, every class equally likely, where the head came with the adapter."""
+
+    kind: Literal["base", "chance"]
+    nll: float
+    accuracy: float | None
+    macro_f1: float | None
+
+
+class ClassifierBaseline(_Strict):
+    """Base + live adapter."""
+
+    facts: dict[str, Any]
+    unit: Literal["text", "word"]
+    """What is scored."""
+    labels: list[str]
+    nll: float
+    """Of the right class, nats per text or word."""
+    accuracy: float
+    macro_f1: float
+    """Over the classes that the test text has."""
+    by_class: dict[str, ClassFigures]
+    intervals: dict[str, Interval]
+    gain: Ratio
+    """NLL(base) − NLL(baseline)."""
+    base: ClassifierBase
+    reused: bool = False
+    measured_at: str = ""
+
+
 # ---------------------------------------------------------------- targets
 
 
@@ -184,7 +227,7 @@ class GateResult(_Strict):
     value: float | None
     low: float | None
     high: float | None
-    verdict: Verdict
+    verdict: Literal["pass", "fail", "inconclusive", "not applicable"]
     reason: str = ""
 
 
@@ -204,6 +247,26 @@ class Quality(_Strict):
     intervals: dict[str, Interval] = Field(default_factory=dict)
     positions: int
     items: int
+
+
+class ClassifierQuality(_Strict):
+    nll: float
+    kl_mean: float
+    kl_p99: float
+    flips: float
+    agreement: float
+    accuracy: float
+    macro_f1: float
+    macro_f1_loss: float
+    """Baseline − artifact."""
+    by_class: dict[str, ClassFigures]
+    gain_kept: Ratio | None
+    gain_kept_reason: str = ""
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    positions: int
+    """Texts or words that were scored."""
+    items: int
+    unit: Literal["text", "word"]
 
 
 class SpeedSide(_Strict):
@@ -243,6 +306,54 @@ class Speed(SpeedSide):
     prompt_tokens: list[int]
     """Shortest, median, longest."""
     new_tokens: int
+    seconds: float
+    load_average: dict[str, float]
+    notes: list[str]
+
+
+class BatchTimes(_Strict):
+    """Of `n` batches."""
+
+    p50: float
+    p90: float
+    p99: float
+    n: int
+
+
+class ClassifierSpeedSide(_Strict):
+    """Keys are batch sizes."""
+
+    latency_ms: dict[str, BatchTimes]
+    qps: dict[str, float]
+    """Texts per second."""
+    load_s: float
+    peak_rss_bytes: int | None
+    start_rss_bytes: int | None
+    loaded_rss_bytes: int | None
+    threads: int
+    facts: dict[str, Any]
+    failures: int
+    failure_reasons: list[str]
+    samples: dict[str, list[float]]
+
+
+class ClassifierSpeed(ClassifierSpeedSide):
+    """The artifact's figures, the baseline's under `baseline`, and the ratios."""
+
+    scenario: str
+    baseline: ClassifierSpeedSide
+    qps_ratio: dict[str, Ratio | None]
+    latency_ratio: dict[str, Ratio | None]
+    """Of medians."""
+    memory_ratio: Ratio | None
+    load_ratio: Ratio
+    rounds: int
+    order: list[str]
+    warmup: int
+    artifact_failures: int
+    texts: dict[str, int]
+    tokens: list[int]
+    """Shortest, median, longest text."""
     seconds: float
     load_average: dict[str, float]
     notes: list[str]
@@ -297,11 +408,11 @@ class ErrorResult(_Strict):
 class TargetResult(_Strict):
     verdict: Verdict
     gates: list[GateResult] = Field(default_factory=list)
-    quality: Quality | None = None
+    quality: Quality | ClassifierQuality | None = None
     quality_reason: str = ""
-    speed: Speed | None = None
+    speed: Speed | ClassifierSpeed | None = None
     """Of the target's first scenario."""
-    scenarios: dict[str, Speed] = Field(default_factory=dict)
+    scenarios: dict[str, Speed | ClassifierSpeed] = Field(default_factory=dict)
     """Name → speed, of all its scenarios."""
     speed_reason: str = ""
     size_bytes: int | None = None
@@ -340,6 +451,8 @@ class Report(_Strict):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     version_of_schema: Literal[1] = Field(alias="schema")
+    task: Task = "causal-lm"
+    """Of a classifier, nats are per text, or per word where tokens are classified."""
     lora2edge: str
     verdict: Verdict
     exit_code: int
@@ -352,7 +465,7 @@ class Report(_Strict):
     merge_base: MergeBase | None = None
     """None where the adapter was not trained on a quantized base."""
     merge: MergeProof | None
-    baseline: Baseline | None
+    baseline: Baseline | ClassifierBaseline | None
     targets: dict[str, TargetResult]
     stages: list[Stage]
     not_finite: list[str] = Field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from lora2edge.report.words import NONE, interval, percent, times
 
 _WORST = 8
 VERDICT_MARKS = {"pass": "✓ pass", "fail": "✕ fail", "inconclusive": "? inconclusive"}
+GATE_MARKS = {**VERDICT_MARKS, "not applicable": "not applicable"}
 NOT_MEASURED = "not measured"
 
 
@@ -56,7 +57,7 @@ def headline_table(report: Mapping[str, Any]) -> Table:
     )
 
 
-def proof_table(merge: Mapping[str, Any]) -> Table:
+def proof_table(merge: Mapping[str, Any], unit: str = "token") -> Table:
     """What the merge cost, step by step, with the bounds that it had to meet."""
     steps = (
         ("math_kl", "merged, float32, unrounded", "the arithmetic of the merge"),
@@ -66,14 +67,20 @@ def proof_table(merge: Mapping[str, Any]) -> Table:
         ("adapter_kl", "base without the adapter", "what there was to lose"),
     )
     rows = tuple(
-        _cells(what, words.figure(merge[key]), _below(merge.get("bounds", {}).get(key)), why)
+        cells_of(what, words.figure(merge[key]), _below(merge.get("bounds", {}).get(key)), why)
         for key, what, why in steps
         if merge.get(key) is not None
     )
     note = (
-        f"KL(base + live adapter ‖ …), nats per token, mean over {words.count(merge['positions'])} positions. Same top "
-        f"token at {percent(merge['top1_agreement'], 2)} of them."
+        f"KL(base + live adapter ‖ …), nats per {unit}, mean over {words.count(merge['positions'])} "
+        f"{words.scored(unit)}. {words.same_top(unit).capitalize()} at {percent(merge['top1_agreement'], 2)} of them."
     )
+    if merge.get("logit_error") is not None:
+        bound = words.figure(merge["bounds"]["logit_error"])
+        note += (
+            f" Largest error of a merged logit, float32, unrounded: {words.figure(merge['logit_error'])} of the "
+            f"largest logit (bound {bound})."
+        )
     if merge.get("reference"):
         note += (
             f" Proved: each adapter alone on the base ({len(merge['steps'])}); these are the figures of the worst. "
@@ -88,7 +95,7 @@ def proof_table(merge: Mapping[str, Any]) -> Table:
     return Table("", ("Base + live adapter against …", "KL", "Bound", "What it shows"), rows, note=note)
 
 
-def merge_base_table(found: Mapping[str, Any]) -> Table:
+def merge_base_table(found: Mapping[str, Any], unit: str = "token") -> Table:
     """The two bases that the adapter could be merged into, on the same probe prompts."""
     measured = found["measured"]
     live = measured["nll"]
@@ -104,8 +111,9 @@ def merge_base_table(found: Mapping[str, Any]) -> Table:
         ),
     ]
     note = (
-        f"Trained on {words.quantized_base(found['trained_on'])}, where the live adapter is. Nats per token over "
-        f"{words.count(measured['positions'])} positions of the calibration set; weights rounded as they are written."
+        f"Trained on {words.quantized_base(found['trained_on'])}, where the live adapter is. Nats per {unit} over "
+        f"{words.count(measured['positions'])} {words.scored(unit)} of the calibration set; weights rounded as they "
+        "are written."
     )
     return Table("Base of the merge", ("", "KL", "NLL"), tuple(rows), note=note)
 
@@ -117,7 +125,7 @@ def gates_table(targets: Mapping[str, Any]) -> Table:
             Cell(words.METRIC_NAMES.get(gate["metric"], gate["metric"])),
             Cell(words.metric(gate["metric"], gate["value"]), words.metric_interval(gate["metric"], gate)),
             Cell(words.bound(gate["metric"], gate["bound"])),
-            _verdict(gate["verdict"]),
+            Cell(GATE_MARKS[gate["verdict"]], tone="muted" if gate["verdict"] == "not applicable" else gate["verdict"]),
             Cell("fails the build" if gate["action"] == "fail" else "warns"),
             Cell(gate.get("reason", "")),
         )
@@ -138,10 +146,10 @@ def quality_table(report: Mapping[str, Any]) -> Table:
     rows = []
     if baseline:
         base = baseline["base"]
-        rows.append(_cells("base alone", words.figure(base["ppl"], 4), words.figure(base["nll"], 4), *[NONE] * 4,
+        rows.append(cells_of("base alone", words.figure(base["ppl"], 4), words.figure(base["nll"], 4), *[NONE] * 4,
                          percent(base.get("accuracy")), NONE))  # fmt: skip
-        rows.append(_cells("baseline", words.figure(baseline["ppl"], 4), words.figure(baseline["nll"], 4), *[NONE] * 4,
-                         percent(baseline.get("accuracy")), NONE))  # fmt: skip
+        rows.append(cells_of("baseline", words.figure(baseline["ppl"], 4), words.figure(baseline["nll"], 4),
+                         *[NONE] * 4, percent(baseline.get("accuracy")), NONE))  # fmt: skip
     for name, target in report["targets"].items():
         quality = target.get("quality")
         if quality is None:
@@ -177,17 +185,17 @@ def accuracy_tables(report: Mapping[str, Any]) -> list[Table]:
     for label in dict.fromkeys(label for side in sides.values() for label in side):
         values = dict.fromkeys(value for side in sides.values() for value in side.get(label, {}))
         rows = tuple(
-            _cells(words.visible(value), *(percent(side.get(label, {}).get(value)) for side in sides.values()))
+            cells_of(words.visible(value), *(percent(side.get(label, {}).get(value)) for side in sides.values()))
             for value in values
         )
         tables.append(Table(f"Accuracy by {words.visible(label)}", (words.visible(label), *sides), rows))
     return tables
 
 
-def speed_tables(targets: Mapping[str, Any]) -> list[Table]:
-    """One table a measured target and scenario: both sides and their ratio."""
+def speed_tables(targets: Mapping[str, Any], draw: Callable[[str, Mapping[str, Any]], Table]) -> list[Table]:
+    """One table a measured target and scenario: both sides and their ratio, by `draw`."""
     return [
-        speed_table(name, speed)
+        draw(name, speed)
         for name, target in targets.items()
         if target.get("speed")
         for speed in (target.get("scenarios") or {"": target["speed"]}).values()
@@ -200,7 +208,7 @@ def speed_table(name: str, speed: Mapping[str, Any]) -> Table:
     rows: list[tuple[Cell, ...]] = []
 
     def add(label: str, before: str, after: str, ratio: Mapping[str, Any] | None = None) -> None:
-        rows.append((Cell(label), Cell(before), Cell(after), _ratio(ratio) if ratio else Cell("")))
+        rows.append((Cell(label), Cell(before), Cell(after), ratio_cell(ratio) if ratio else Cell("")))
 
     for label, key, ratio in (
         ("Time to first token", "ttft_ms", "ttft_ratio"),
@@ -253,7 +261,7 @@ def damage_table(name: str, damage: Sequence[Mapping[str, Any]]) -> Table:
     rows: tuple[tuple[Cell, ...], ...]
     worst = sorted(damage, key=lambda item: (-lost(item), -item["relative_error"]))[:_WORST]
     rows = tuple(
-        _cells(item["name"], item["type"], percent(item["relative_error"], 2), percent(item["delta_kept"]),
+        cells_of(item["name"], item["type"], percent(item["relative_error"], 2), percent(item["delta_kept"]),
              words.figure(item["delta_noise"]))
         for item in worst
     )  # fmt: skip
@@ -271,12 +279,14 @@ def tokenizer_table(targets: Mapping[str, Any]) -> Table:
         if tokenizer is None:
             continue
         own = f"{words.count(tokenizer['own_texts'])} of your own"
-        rows.append(_cells(name, own, "", Cell("✓ same token ids", tone="pass")))
+        rows.append(cells_of(name, own, "", Cell("✓ same token ids", tone="pass")))
         if not tokenizer["differences"]:
-            rows.append(_cells(name, f"{tokenizer['probes']} awkward ones", "", Cell("✓ same token ids", tone="pass")))
+            rows.append(
+                cells_of(name, f"{tokenizer['probes']} awkward ones", "", Cell("✓ same token ids", tone="pass"))
+            )
         for item in tokenizer["differences"]:
             mended = "Not in lora2edge's own sessions. " if item["mended"] else ""
-            rows.append(_cells(name, item["kind"], ", ".join(item["texts"]), f"{mended}{item['consequence']}"))
+            rows.append(cells_of(name, item["kind"], ", ".join(item["texts"]), f"{mended}{item['consequence']}"))
     return Table("", ("Target", "Texts", "Which", "Found"), tuple(rows))
 
 
@@ -292,7 +302,7 @@ def inputs_table(report: Mapping[str, Any]) -> Table:
         rows.append(("Combined by", str(combine["method"]), _flat(rest)))
     for name, about in (data or {}).items():
         rows.append((f"Data: {name}", "", _flat(about)))
-    return Table("Inputs", ("", "", ""), tuple(_cells(*row) for row in rows))
+    return Table("Inputs", ("", "", ""), tuple(cells_of(*row) for row in rows))
 
 
 def facts_table(report: Mapping[str, Any]) -> Table:
@@ -301,7 +311,7 @@ def facts_table(report: Mapping[str, Any]) -> Table:
     sides.update({name: target.get("facts") or {} for name, target in report["targets"].items()})
     sides = {name: facts for name, facts in sides.items() if facts}
     keys = dict.fromkeys(key for facts in sides.values() for key in facts if key != "reference" or facts[key])
-    rows = tuple(_cells(key.replace("_", " "), *(_flat(facts.get(key)) for facts in sides.values())) for key in keys)
+    rows = tuple(cells_of(key.replace("_", " "), *(_flat(facts.get(key)) for facts in sides.values())) for key in keys)
     return Table("What they ran on", ("", *sides), rows)
 
 
@@ -311,13 +321,13 @@ def machine_table(machine: Mapping[str, Any]) -> Table:
         label, shown = key.replace("_", " "), _flat(value)
         if key.endswith("_bytes"):
             label, shown = label.removesuffix(" bytes"), words.size(value)
-        rows.append(_cells(label, shown))
+        rows.append(cells_of(label, shown))
     return Table("Machine", ("", ""), tuple(rows))
 
 
 def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     rows = tuple(
-        _cells(
+        cells_of(
             stage["name"],
             _with_phases(stage),
             "used again" if stage.get("reused") else "",
@@ -360,27 +370,27 @@ def _headline_row(name: str, target: Mapping[str, Any]) -> tuple[Cell, ...]:
     size_ratio = target.get("size_ratio")
     cells = [
         Cell(name),
-        _verdict(target["verdict"]),
+        verdict_cell(target["verdict"]),
         Cell(words.size(target.get("size_bytes")), f"{words.figure(size_ratio)} × smaller" if size_ratio else ""),
     ]
     if quality:
         ends, kept = quality.get("intervals") or {}, quality.get("gain_kept")
         cells += [
-            Cell(percent(kept["value"]), interval(kept, fraction=True)) if kept else _missing(),
+            Cell(percent(kept["value"]), interval(kept, fraction=True)) if kept else missing(),
             Cell(words.figure(quality["kl_mean"]), interval(ends.get("kl_mean"))),
             Cell(percent(quality["flips"]), interval(ends.get("flips"), fraction=True)),
             Cell(percent(quality["accuracy"]), interval(ends.get("accuracy"), fraction=True))
             if quality.get("accuracy") is not None
-            else _missing(),
+            else missing(),
         ]
     else:
-        cells += [_missing()] * 4
+        cells += [missing()] * 4
     if speed:
         levels = speed["qps_ratio"]
         memory = speed["memory_ratio"]
         cells += [
-            _ratio(speed["decode_ratio"]),
-            _ratio(speed["ttft_ratio"]),
+            ratio_cell(speed["decode_ratio"]),
+            ratio_cell(speed["ttft_ratio"]),
             Cell(
                 "\u00a0/\u00a0".join(words.figure(ratio["value"], 2) if ratio else NONE for ratio in levels.values())
                 + "\u00a0×",
@@ -391,7 +401,7 @@ def _headline_row(name: str, target: Mapping[str, Any]) -> tuple[Cell, ...]:
             else Cell(NONE, words.size(speed["peak_rss_bytes"])),
         ]
     else:
-        cells += [_missing()] * 4
+        cells += [missing()] * 4
     return tuple(cells)
 
 
@@ -399,19 +409,23 @@ def _below(bound: float | None) -> str:
     return NONE if bound is None else f"≤ {words.figure(bound)}"
 
 
-def _cells(*texts: str | Cell) -> tuple[Cell, ...]:
+def cells_of(*texts: str | Cell) -> tuple[Cell, ...]:
+    """One cell a text."""
     return tuple(text if isinstance(text, Cell) else Cell(text) for text in texts)
 
 
-def _ratio(ratio: Mapping[str, Any]) -> Cell:
+def ratio_cell(ratio: Mapping[str, Any]) -> Cell:
+    """A ratio with its interval."""
     return Cell(times(ratio["value"]), interval(ratio))
 
 
-def _verdict(verdict: str) -> Cell:
+def verdict_cell(verdict: str) -> Cell:
+    """A verdict with its mark and colour."""
     return Cell(VERDICT_MARKS[verdict], tone=verdict)
 
 
-def _missing() -> Cell:
+def missing() -> Cell:
+    """What stands where nothing was measured."""
     return Cell(NOT_MEASURED, tone="muted")
 
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora2edge.report import tables, words
 from lora2edge.report.findings import find, headline
+from lora2edge.report.view import view_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "muted": "bright_black", "": ""}
 _FINDING_COLOURS = {"fail": "red", "warn": "yellow", "note": "bright_black"}
-_SUMMARY_COLUMNS = ("Target", "Verdict", "Size", "Gain kept", "KL", "Accuracy", "Decode", "Requests/s")
-_NARROW_COLUMNS = ("Target", "Verdict", "Size", "Gain kept", "Decode")
 _WIDE = 100
 
 
@@ -23,11 +22,13 @@ def print_summary(report: Mapping[str, Any], console: Console | None = None) -> 
     from rich.text import Text
 
     console = console or _console()
-    table = tables.headline_table(report)
-    columns = _SUMMARY_COLUMNS if console.width >= _WIDE else _NARROW_COLUMNS
+    view = view_of(report)
+    table = view.headline(report)
+    columns = view.summary if console.width >= _WIDE else view.narrow
     shown = [table.columns.index(column) for column in columns]
     _print_table(console, table, shown, note=False)
-    for line in words.merge_base_lines(report["merge_base"]) if report.get("merge_base") else ():
+    unit = words.unit(report)
+    for line in words.merge_base_lines(report["merge_base"], unit) if report.get("merge_base") else ():
         _print_plain(console, line)
     for finding in find(report):
         if finding.tone != "note":
@@ -41,7 +42,7 @@ def print_speed(result: Mapping[str, Any], console: Console | None = None) -> No
     """What `lora2edge bench` found: `{"target", "scenarios": {name: speed}}`."""
     console = console or _console()
     for speed in result["scenarios"].values():
-        _print_table(console, tables.speed_table(result["target"], speed))
+        _print_table(console, view_of(result).speed(result["target"], speed))
         for note in speed.get("notes", []):
             _print_plain(console, f"note: {note}")
     _print_reused(console, result)
@@ -53,7 +54,11 @@ def print_quality(result: Mapping[str, Any], console: Console | None = None) -> 
 
     console = console or _console()
     targets = {result["target"]: result}
-    _print_table(console, tables.quality_table({"baseline": result["baseline"], "targets": targets}))
+    shown = {"task": result.get("task"), "baseline": result["baseline"], "targets": targets}
+    quality, *others = view_of(shown).quality(shown)
+    _print_table(console, quality)
+    for table in others if words.unit(shown) != "token" else ():
+        _print_table(console, table)
     kept = result["quality"].get("gain_kept")
     if kept:
         _print_plain(console, f"Gain kept: {words.percent(kept['value'])} {words.interval(kept, fraction=True)}")

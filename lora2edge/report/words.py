@@ -15,9 +15,33 @@ METRIC_NAMES = {
     "flips": "Flips",
     "ppl_ratio": "Perplexity ratio",
     "accuracy": "Accuracy",
+    "macro_f1": "Macro-F1",
+    "macro_f1_loss": "Macro-F1 loss",
     "gain_kept": "Gain kept",
 }
-_FRACTIONS = {"flips", "accuracy", "gain_kept", "top1_agreement"}
+_FRACTIONS = {"flips", "accuracy", "macro_f1", "macro_f1_loss", "gain_kept", "top1_agreement"}
+_UNITS = {"sequence-classification": "text", "token-classification": "word"}
+"""What is scored; of all other tasks it is a token."""
+
+
+def unit(report: Mapping[str, Any]) -> str:
+    """What is scored: "token" of a language model; "text" or "word" of a classifier."""
+    return _UNITS.get(str(report.get("task")), "token")
+
+
+def scored(unit: str) -> str:
+    """What figures are means over."""
+    return "positions" if unit == "token" else f"{unit}s"
+
+
+def same_top(unit: str) -> str:
+    """What two models agree on."""
+    return "same top token" if unit == "token" else "same class"
+
+
+def points(value: float | None) -> str:
+    """A difference of two fractions."""
+    return NONE if value is None else f"{value * 100:.2f} points"
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -94,6 +118,8 @@ def interval(data: Mapping[str, Any] | None, fraction: bool = False) -> str:
 
 def metric(name: str, value: float | None) -> str:
     """A gate's figure, in its own unit."""
+    if name == "macro_f1_loss":
+        return points(value)
     if name in _FRACTIONS:
         return percent(value)
     return f"{figure(value)} nats" if name.startswith("kl") and value is not None else figure(value)
@@ -103,7 +129,8 @@ def bound(name: str, text: str) -> str:
     """A gate's bound, "≥ 0.95", in the unit that its figure is shown in."""
     if name not in _FRACTIONS:
         return text
-    return re.sub(r"\d[\d.]*(e-?\d+)?", lambda found: f"{float(found.group()) * 100:g}\u00a0%", text)
+    sign = " points" if name == "macro_f1_loss" else "\u00a0%"
+    return re.sub(r"\d[\d.]*(e-?\d+)?", lambda found: f"{float(found.group()) * 100:g}{sign}", text)
 
 
 def metric_interval(name: str, data: Mapping[str, Any]) -> str:
@@ -161,7 +188,7 @@ def merged_kl(report: Mapping[str, Any]) -> float | None:
     return float((steps[-1] if steps else merge)["rounding_kl"])
 
 
-def merge_base_lines(found: Mapping[str, Any]) -> list[str]:
+def merge_base_lines(found: Mapping[str, Any], unit: str = "token") -> list[str]:
     """Which base a QLoRA adapter was merged into, and what both cost where they were measured."""
     measured = found["measured"]
     lines = [f"Trained on {quantized_base(found['trained_on'])}; merged into the {found['chosen']} base"]
@@ -172,7 +199,7 @@ def merge_base_lines(found: Mapping[str, Any]) -> list[str]:
         for name, each in measured["candidates"].items()
     )
     lines.append(
-        f"KL against the live adapter, nats per token over {count(measured['positions'])} positions: {kls}"
+        f"KL against the live adapter, nats per {unit} over {count(measured['positions'])} {scored(unit)}: {kls}"
         + ("" if measured["decided"] else "; their intervals do not tell them apart")
     )
     return lines

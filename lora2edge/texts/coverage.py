@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lora2edge.contracts import Item, Sample
+from lora2edge.contracts import AnySample, Item, Sample
 
 _GRAM = 13
 """Tokens that rarely follow each other twice by chance; the length is GPT-3's (arXiv:2005.14165, appendix C)."""
@@ -45,7 +45,11 @@ def describe_coverage(samples: Sequence[Sample]) -> dict[str, Any]:
 
 def guess_language(item: Item) -> str:
     """By the script of most letters; one of a language that mixes scripts with others' counts more. "?" for none."""
-    text = "".join(message["content"] for message in item.messages)
+    return guess_script("".join(message["content"] for message in item.messages))
+
+
+def guess_script(text: str) -> str:
+    """The same of a text."""
     counts = {language: len(script.findall(text)) for language, script in _SCRIPTS}
     counts["zh"] *= 3  # a character is about a word
     if counts["ja"] > counts["zh"] // 12 and counts["ja"]:
@@ -54,7 +58,7 @@ def guess_language(item: Item) -> str:
     return best if counts[best] else "?"
 
 
-def find_overlap(calibration: Sequence[Sample], test: Sequence[Sample]) -> dict[str, Any]:
+def find_overlap(calibration: Sequence[AnySample], test: Sequence[AnySample]) -> dict[str, Any]:
     """How much of the test text the calibration text holds, in stretches of 13 tokens; JSON-ready.
 
     What all samples begin with (template, system prompt) is left out. `share` of the test samples' stretches,
@@ -79,7 +83,7 @@ def find_overlap(calibration: Sequence[Sample], test: Sequence[Sample]) -> dict[
     return overlap
 
 
-def _grams(sample: Sample, start: int) -> list[tuple[int, ...]]:
+def _grams(sample: AnySample, start: int) -> list[tuple[int, ...]]:
     """All stretches behind `start`; of a sample that is shorter, itself."""
     ids = sample.ids[start:]
     return [tuple(ids[at : at + _GRAM]) for at in range(max(1, len(ids) - _GRAM + 1))] if ids else []

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora2edge.contracts import Item, Message
 from lora2edge.errors import DataError
 from lora2edge.storage import digest
 
+T = TypeVar("T")
 CALIBRATION_PERCENT = 80
 _ROLES = ("system", "user", "assistant")
 _PAIRS = (("prompt", "response"), ("input", "output"))
@@ -25,13 +26,21 @@ def read_items(path: Path) -> list[Item]:
     Other string fields of at most 64 characters become labels. Empty lines are skipped. Raises DataError that
     names file, line and reason of the first five bad lines, and where the file is missing, empty or not UTF-8.
     """
-    items: list[Item] = []
+    return read_lines(path, _item, _HINT)
+
+
+def read_lines(path: Path, parse: Callable[[Any], T], hint: str) -> list[T]:
+    """What `parse` makes of each line's JSON; it raises ValueError with the reason where a line cannot be used.
+
+    Empty lines are skipped. Raises DataError, with `hint`, as `read_items` does.
+    """
+    items: list[T] = []
     bad: list[str] = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(_text(path, hint).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            items.append(_item(json.loads(line)))
+            items.append(parse(json.loads(line)))
         except json.JSONDecodeError as error:
             bad.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
@@ -39,9 +48,9 @@ def read_items(path: Path) -> list[Item]:
     if bad:
         more = f"\n        and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         why = "\n        ".join(bad[:_SHOWN]) + more
-        raise DataError("bad-line", f"{len(bad)} of the lines in {path} cannot be used", why=why, hint=_HINT)
+        raise DataError("bad-line", f"{len(bad)} of the lines in {path} cannot be used", why=why, hint=hint)
     if not items:
-        raise DataError("empty-data", f"{path} holds no line", hint=_HINT)
+        raise DataError("empty-data", f"{path} holds no line", hint=hint)
     return items
 
 
@@ -53,9 +62,13 @@ def split_items(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     calibration: list[Item] = []
     test: list[Item] = []
     for item in items:
-        side = calibration if int(prompt_key(item)[:12], 16) % 100 < CALIBRATION_PERCENT else test
-        side.append(item)
+        (calibration if is_for_calibration(prompt_key(item)) else test).append(item)
     return calibration, test
+
+
+def is_for_calibration(key: str) -> bool:
+    """The side of a text with this sha256."""
+    return int(key[:12], 16) % 100 < CALIBRATION_PERCENT
 
 
 def prompt_key(item: Item) -> str:
@@ -63,11 +76,11 @@ def prompt_key(item: Item) -> str:
     return digest([[message["role"], " ".join(message["content"].casefold().split())] for message in item.prompt])
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, hint: str) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError("no-data", f"cannot read {path}", why=str(error.strerror), hint=_HINT) from error
+        raise DataError("no-data", f"cannot read {path}", why=str(error.strerror), hint=hint) from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,7 +102,7 @@ def _item(line: Any) -> Item:
     else:
         for asked, answered in _PAIRS:
             if asked in line and answered in line:
-                prompt, response = _string(line[asked], asked), _string(line[answered], answered)
+                prompt, response = check_string(line[asked], asked), check_string(line[answered], answered)
                 messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
                 used = {asked, answered}
                 break
@@ -100,7 +113,7 @@ def _item(line: Any) -> Item:
         raise ValueError("the response is empty")
     if not any(message["content"].strip() for message in messages[:-1]):
         raise ValueError("the prompt is empty")
-    return Item(messages, _labels(line, used))
+    return Item(messages, short_fields(line, used))
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -110,14 +123,15 @@ def _messages(value: Any) -> tuple[Message, ...]:
     for index, message in enumerate(value):
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
             raise ValueError(f"messages[{index}] needs a role out of {', '.join(_ROLES)}")
-        content = _string(message.get("content"), f"messages[{index}].content")
+        content = check_string(message.get("content"), f"messages[{index}].content")
         messages.append({"role": str(message["role"]), "content": content})
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last message must be the assistant's, it is the {messages[-1]['role']}'s")
     return tuple(messages)
 
 
-def _string(value: Any, name: str) -> str:
+def check_string(value: Any, name: str) -> str:
+    """`value`, where it is a string that UTF-8 can hold; else raises ValueError that calls it `name`."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, it is {type(value).__name__}")
     try:
@@ -127,6 +141,7 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
-def _labels(line: Mapping[str, Any], used: set[str]) -> dict[str, str]:
+def short_fields(line: Mapping[str, Any], used: set[str]) -> dict[str, str]:
+    """The string fields of at most 64 characters, but for those `used`."""
     rest = {key: value for key, value in line.items() if key not in used}
     return {key: value for key, value in rest.items() if isinstance(value, str) and len(value) <= _LABEL_LENGTH}

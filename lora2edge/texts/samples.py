@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from lora2edge.contracts import Item, Sample
+from lora2edge.contracts import AnySample, Item, Sample
 from lora2edge.errors import DataError
 from lora2edge.recipe import DataFiles
 from lora2edge.storage import digest
@@ -17,22 +17,23 @@ from lora2edge.texts.coverage import describe_coverage, find_overlap
 from lora2edge.texts.items import prompt_key, read_items, split_items
 from lora2edge.texts.renderer import Renderer
 
+T = TypeVar("T", bound=AnySample)
 _LABEL_VALUES = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """What a build is calibrated with and measured on."""
+class Texts(Generic[T]):
+    """What a build is calibrated with and measured on: `Sample`s, or a classifier's `LabelledSample`s."""
 
-    calibration: list[Sample]
-    test: list[Sample]
+    calibration: list[T]
+    test: list[T]
     notes: Mapping[str, Any] = field(default_factory=dict)
     """JSON-ready: per side items, tokens, scored positions, counts per label; what was dropped, and why."""
 
 
 def load_texts(
     data: DataFiles | str, renderer: Renderer, *, max_length: int, calibration_tokens: int, test_tokens: int
-) -> Texts:
+) -> Texts[Sample]:
     """Reads, splits, tokenizes and selects.
 
     A calibration item whose prompt is also a test prompt is dropped, and so are repeated items and samples of more
@@ -55,7 +56,7 @@ def load_texts(
     for side, pool, budget in (("calibration", kept, calibration_tokens), ("test", test, test_tokens)):
         samples, too_long = _select(pool, renderer, max_length, budget, scored=side == "test")
         if not samples:
-            raise _none_left(side, source, len(pool), too_long, max_length)
+            raise none_left(side, source, len(pool), too_long, max_length)
         sides[side] = samples
         notes[side] = {**_describe(samples), "available": len(pool), "too_long": too_long}
     notes["calibration"]["repeated"] = repeated
@@ -65,7 +66,9 @@ def load_texts(
     return Texts(sides["calibration"], sides["test"], notes)
 
 
-def load_calibration(data: DataFiles | str, renderer: Renderer, *, max_length: int, calibration_tokens: int) -> Texts:
+def load_calibration(
+    data: DataFiles | str, renderer: Renderer, *, max_length: int, calibration_tokens: int
+) -> Texts[Sample]:
     """All of `data` (of two files, the calibration file) as calibration samples, for work that measures nothing
     on held-out text. Selected as in `load_texts`; `test` is empty. Raises DataError where no sample is left.
     """
@@ -73,7 +76,7 @@ def load_calibration(data: DataFiles | str, renderer: Renderer, *, max_length: i
     items, repeated = _unique(read_items(Path(source)))
     samples, too_long = _select(items, renderer, max_length, calibration_tokens, scored=False)
     if not samples:
-        raise _none_left("calibration", source, len(items), too_long, max_length)
+        raise none_left("calibration", source, len(items), too_long, max_length)
     notes = {**_describe(samples), "available": len(items), "too_long": too_long, "repeated": repeated}
     return Texts(samples, [], {"calibration": notes})
 
@@ -135,24 +138,28 @@ def _select(
 
 
 def _describe(samples: Sequence[Sample]) -> dict[str, Any]:
-    values: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for sample in samples:
-        for label, value in sample.item.labels.items():
-            values[label][value] += 1
     return {
         "items": len(samples),
         "tokens": sum(len(sample.ids) for sample in samples),
         "positions": sum(len(sample.positions) for sample in samples),
         **describe_coverage(samples),
-        "labels": {
-            label: dict(sorted(counts.items()))
-            for label, counts in sorted(values.items())
-            if len(counts) <= _LABEL_VALUES
-        },
+        "labels": count_labels(samples),
     }
 
 
-def _none_left(side: str, source: str, available: int, too_long: int, max_length: int) -> DataError:
+def count_labels(samples: Sequence[AnySample]) -> dict[str, dict[str, int]]:
+    """Samples of each value of the labels that have at most 24 values."""
+    values: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for sample in samples:
+        for label, value in sample.item.labels.items():
+            values[label][value] += 1
+    return {
+        label: dict(sorted(counts.items())) for label, counts in sorted(values.items()) if len(counts) <= _LABEL_VALUES
+    }
+
+
+def none_left(side: str, source: str, available: int, too_long: int, max_length: int) -> DataError:
+    """The error where a side of the split has no sample."""
     why = (
         f"all {too_long} are longer than {max_length} tokens"
         if too_long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -10,14 +11,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora2edge.backends.hf.classifier import open_live_classifier
 from lora2edge.backends.hf.session import open_baseline
 from lora2edge.backends.hf.write import write_bytes, write_checkpoint
 from lora2edge.checkpoint import FLOAT_DTYPES, open_checkpoint
 from lora2edge.contracts import (
+    CLASSIFICATIONS,
     BackendHealth,
     Calibration,
     Checkpoint,
     CheckpointRef,
+    Classifier,
     Estimate,
     Lowered,
     Machine,
@@ -97,11 +101,14 @@ class HfBackend:
         dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
         return Lowered(versions={"numpy": np.__version__}, notes={"dtypes": dtypes})
 
-    def open(self, path: Path, target: Target, options: SessionOptions) -> Session:
+    def open(self, path: Path, target: Target, options: SessionOptions) -> Session | Classifier:
         """The written folder in PyTorch, in its own dtype."""
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         written = CheckpointRef(str(path), trust_remote_code=options.trust_remote_code)
+        with contextlib.closing(open_checkpoint(str(path))) as checkpoint:
+            if checkpoint.task in CLASSIFICATIONS:
+                return open_live_classifier(written, options, dtype=dtype)
         return open_baseline(written, options, dtype=dtype)
 
     def damage(self, checkpoint: Checkpoint, path: Path, progress: Progress) -> list[TensorDamage]:

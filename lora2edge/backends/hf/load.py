@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora2edge.adapters import open_base, open_view
-from lora2edge.calibration.model import build_model, quiet, require, torch_errors
+from lora2edge.adapters import MergedCheckpoint, open_base, open_view
+from lora2edge.backends.hf.headed import Headed
+from lora2edge.calibration.model import AUTO_CLASSES, build_model, make_config, quiet, require, torch_errors
 from lora2edge.checkpoint import merge_tokenizer_files, read_json_file, tokenizer_files
-from lora2edge.contracts import AdapterRef, CheckpointRef, TokenizerFiles
+from lora2edge.contracts import AdapterRef, Checkpoint, CheckpointRef, Task, TokenizerFiles
 from lora2edge.errors import AdapterError, CheckpointError
 
 
@@ -25,6 +26,42 @@ def load_live(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
     if ref.is_combined:
         return _load_combined(ref, dtype=dtype, device=device).to(device).eval()
     return _load_base(ref, dtype=dtype, device=device, adapters=ref.adapters).to(device).eval()
+
+
+def load_live_classifier(ref: CheckpointRef, view: Checkpoint, *, dtype: str, device: str) -> Any:
+    """The same as a classifier. `view`: base and adapters, merged, which says what head there is, and whose.
+
+    In a base of another task the head that an adapter brings is random until PEFT puts the trained one in its place.
+    """
+    require("torch", "transformers", "peft")
+    adapters: Sequence[AdapterRef] = ref.adapters
+    merged = view if isinstance(view, MergedCheckpoint) else None
+    if merged and merged.reference:
+        return build_model(merged, dtype=dtype, device=device, rounded=False).to(device).eval()
+    if merged and len(merged.steps) > 1:
+        adapters = adapters[-1:]
+        model = build_model(Headed(view, merged.steps[-2]), dtype=dtype, device=device, rounded=False)
+    elif is_quantized(ref):
+        model = build_model(Headed(view, open_base(ref)), dtype=dtype, device=device, rounded=True)
+    else:
+        model = _load_plain_classifier(ref, view, dtype)
+    return (_with_adapters(model, adapters) if adapters else model).to(device).eval()
+
+
+def _load_plain_classifier(ref: CheckpointRef, view: Checkpoint, dtype: str) -> Any:
+    base = open_base(ref)
+    try:
+        brought = view.task != base.task
+        return _load_plain(
+            Path(ref.base),
+            dtype,
+            trust_remote_code=ref.trust_remote_code,
+            task=view.task,
+            config=make_config(view) if brought else None,
+            new=view.tensors.keys() - base.tensors.keys() if brought else (),
+        )
+    finally:
+        base.close()
 
 
 def _load_combined(ref: CheckpointRef, *, dtype: str, device: str) -> Any:
@@ -63,20 +100,31 @@ def is_quantized(ref: CheckpointRef) -> bool:
     return ref.requantized is not None or bool(stored.get("quantization_config"))
 
 
-def _load_plain(base: Path, dtype: str, *, trust_remote_code: bool) -> Any:
+def _load_plain(
+    base: Path,
+    dtype: str,
+    *,
+    trust_remote_code: bool,
+    task: Task = "causal-lm",
+    config: Any = None,
+    new: Collection[str] = (),
+) -> Any:
+    """`config`: in the place of the base's own. `new`: tensors that the base need not have."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    own_config = {} if config is None else {"config": config}
     with torch_errors(f"load {base}"), quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
             base,
+            **own_config,
             dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
-    broken = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    broken = sorted(set(report["missing_keys"]) - set(new)) + sorted(str(key) for key in report["mismatched_keys"])
     if broken:
         raise CheckpointError(
             "missing-tensors",
