@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora2edge.checkpoint.values import rope_kind
+from lora2edge.checkpoint.values import count, need, rope_kind
 from lora2edge.errors import CheckpointError, InputError, UnsupportedError
 from lora2edge.graph.rope import Rope, read_rope, rope_parameters, theta_of
 
@@ -118,7 +118,11 @@ def _qwen(config: Config, layers: int) -> tuple[str, ...]:
     slides = config.get("use_sliding_window") is True and config.get("sliding_window") is not None
     kinds = _listed(config, layers)
     if kinds is None:
-        first = int(config["max_window_layers"]) if slides else layers
+        first = need(config, "max_window_layers") if slides else layers
+        if type(first) is not int:
+            raise CheckpointError(
+                "config-key", f"max_window_layers is {first!r} in config.json", why="a number is needed"
+            )
         return tuple(_SLIDING if index >= first else _FULL for index in range(layers))
     if _SLIDING in kinds and not slides:
         raise CheckpointError(
@@ -136,7 +140,8 @@ def _gemma2(config: Config, layers: int) -> tuple[str, ...]:
 
 def _gemma3(config: Config, layers: int) -> tuple[str, ...]:
     """The window slides in all but every sixth layer; older files give the number."""
-    return _listed(config, layers) or _every(int(config.get("sliding_window_pattern") or 6), layers)
+    period = 6 if config.get("sliding_window_pattern") is None else count(config, "sliding_window_pattern")
+    return _listed(config, layers) or _every(period, layers)
 
 
 def _every(period: int, layers: int) -> tuple[str, ...]:
@@ -188,7 +193,15 @@ def _gemma3_ropes(config: Config, head_dim: int) -> Mapping[str, Rope]:
             why="transformers' Gemma 3 ignores them then",
             hint="write them as {full_attention: {…}, sliding_attention: {…}}, or as rope_theta and rope_scaling",
         )
-    full = {**(nested.get(_FULL) or {}), **(config.get("rope_scaling") or {})}
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("type") and not scaling.get("rope_type"):
+        raise UnsupportedError(
+            "onnx-rope",
+            "rope_scaling of config.json has a type, and no rope_type",
+            why="transformers 4 scaled the rope by it, transformers 5 ignores it in Gemma 3",
+            hint="rename type to rope_type in rope_scaling",
+        )
+    full = {**(nested.get(_FULL) or {}), **scaling}
     sliding = nested.get(_SLIDING) or {}
     return {
         _FULL: read_rope(config, full, head_dim, theta_of(config, default=1e6)),

@@ -1,10 +1,11 @@
 """A decoder's graph in ONNX Runtime's dialect: opset 21 and its own operators, which are what makes it fast.
 
-Inputs: `input_ids` int64 `[batch, sequence]`; `attention_mask` int64 `[batch, total]`, whose row sums are the lengths:
-padding is on the right; `past_key_values.{layer}.key` and `.value` `[batch, kv_heads, past, head_dim]`;
-`logits_positions` int64 `[rows, kept]`, which need not be given: rows is 1 or batch, a value below 0 means the last
-real token of the row. Outputs: `logits` float32 `[batch, kept, vocabulary]`; `present.{layer}.key` and `.value`, which
-may be bound to the buffers of the past. Several tokens on a cache: one row at a time.
+Inputs: `input_ids` int64 `[batch, sequence]`; `attention_mask` int64 `[batch, total]`, as wide as the longest row with
+its new tokens, whose row sums are the lengths: padding is on the right; `past_key_values.{layer}.key` and `.value`
+`[batch, kv_heads, past, head_dim]`; `logits_positions` int64 `[rows, kept]`, an initializer that may be overridden:
+rows is 1 or batch, a value below 0 means the last real token of the row. Outputs: `logits` float32 `[batch, kept,
+vocabulary]`; `present.{layer}.key` and `.value`, which may be bound to the buffers of the past. Several tokens on a
+cache: one row at a time.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def write_ort_decoder(
     `accuracy_level`: of MatMulNBits; 4 multiplies int8 activations, 1 float32 ones. `float_type`: of activations and
     cache. Raises UnsupportedError `onnx-config`, TargetError `onnx-format`.
     """
-    if decoder.head_dim % 16:
+    if decoder.head_dim % 8:
         raise UnsupportedError(
-            "onnx-config", f"heads are {decoder.head_dim} wide", why="GroupQueryAttention takes multiples of 16"
+            "onnx-config", f"heads are {decoder.head_dim} wide", why="GroupQueryAttention takes multiples of 8"
         )
     return _Writer(decoder, formats, accuracy_level, float_type).write()
 
@@ -53,7 +54,8 @@ class _Writer:
         graph.add_input("input_ids", "int64", ("batch", "sequence"))
         graph.add_input("attention_mask", "int64", ("batch", "total"))
         graph.constant("logits_positions", [[-1]], "int64")
-        graph.add_output("logits", "float32", ("batch", "kept", decoder.vocab_rows))
+        # onnxruntime-genai allocates a row for every token unless the shape says that there is one.
+        graph.add_output("logits", "float32", ("batch", 1, decoder.vocab_rows))
         self._lengths()
         # The residual stream is skip + delta; the addition is part of the next norm.
         skip, delta = self._embedding(), ""
@@ -91,17 +93,17 @@ class _Writer:
         tied = decoder.is_tied
         name = "head" if tied else "embedding"
         table = decoder.head if tied else Linear(decoder.embedding, 0, decoder.vocab_rows, decoder.hidden)
-        x = self.products.embedding("input_ids", name, table)
+        x = self.products.embedding("input_ids", name, table, is_shared=tied)
         if decoder.embedding_scale is None:
             return x
         return self.graph.op("Mul", x, self.products.scalar("embedding_scale", decoder.embedding_scale))
 
-    def _norm(self, tensor: str, skip: str, delta: str) -> tuple[str, str]:
-        """The norm of skip + delta, and that sum."""
+    def _norm(self, tensor: str, skip: str, delta: str, *, is_last: bool = False) -> tuple[str, str]:
+        """The norm of skip + delta, and that sum, which the last one does not need."""
         if not delta:
             return self._optional_norm(tensor, skip), skip
         self.norms += 1
-        out = (f"norm_{self.norms}", "", "", f"skip_{self.norms}")
+        out = (f"norm_{self.norms}", "", "", "" if is_last else f"skip_{self.norms}")
         self.graph.ops(
             "SkipSimplifiedLayerNormalization", skip, delta, self._norm_weight(tensor, self.decoder.hidden), out=out,
             domain="com.microsoft", epsilon=self.decoder.epsilon,
@@ -127,7 +129,8 @@ class _Writer:
         for names, add, dimension in ((past, graph.add_input, "past"), (present, graph.add_output, "present")):
             for name in names:
                 add(name, graph.float_type, ("batch", decoder.kv_heads, dimension, decoder.head_dim))
-        turned_apart = bool(layer.rope.long_frequencies)
+        # GroupQueryAttention cannot choose LongRoPE's factors by each row's length, and turns multiples of 16 only.
+        turned_apart = bool(layer.rope.long_frequencies or layer.rope.dimensions % 16 or decoder.head_dim % 16)
         packed = self._packed(index, layer, x)
         if packed and (layer.query_norm or turned_apart):
             sizes = [part.rows for part in (layer.query, layer.key, layer.value)]
@@ -186,10 +189,9 @@ class _Writer:
         return cosines, self.graph.table(f"sines.{index}", shape, rope.sines)
 
     def _turn(self, x: str, rope: Rope, heads: int, cosines: str, sines: str) -> str:
-        """LongRoPE chooses its factors by each row's length, which GroupQueryAttention cannot."""
-        graph, part = self.graph, rope.dimensions < self.decoder.head_dim
-        width = rope.dimensions if part else 0
-        return graph.contrib(
+        """Query or key, turned before GroupQueryAttention sees it."""
+        width = rope.dimensions if rope.dimensions < self.decoder.head_dim else 0
+        return self.graph.contrib(
             "RotaryEmbedding",
             x,
             self._table_rows(rope),
@@ -207,9 +209,11 @@ class _Writer:
             return name
         self.turned.add(name)
         before = graph.op("Max", graph.op("Sub", "lengths", "new_tokens"), "zero")
-        switch = graph.constant(f"{name}.switch", [rope.switch], "int64")
-        shift = graph.op("Where", graph.op("Greater", "lengths", switch), switch, "zero")
-        first = graph.op("Unsqueeze", graph.op("Add", before, shift), "last_axis")
+        if rope.long_frequencies:
+            switch = graph.constant(f"{name}.switch", [rope.switch], "int64")
+            shift = graph.op("Where", graph.op("Greater", "lengths", switch), switch, "zero")
+            before = graph.op("Add", before, shift)
+        first = graph.op("Unsqueeze", before, "last_axis")
         numbers = graph.op(
             "Range",
             graph.constant("from", 0, "int64"),
@@ -234,7 +238,7 @@ class _Writer:
         """Of the tokens that are asked for: the others are dropped before the last norm."""
         decoder, graph = self.decoder, self.graph
         skip, delta = (graph.op("GatherND", part, "kept_tokens", batch_dims=1) for part in (skip, delta))
-        x, _ = self._norm(decoder.norm, skip, delta)
+        x, _ = self._norm(decoder.norm, skip, delta, is_last=True)
         cap, is_plain = decoder.logit_softcap, graph.float_type == "float32"
         y = self.products.linear(x, "head", [decoder.head], out="logits" if is_plain and not cap else "")
         if not is_plain:

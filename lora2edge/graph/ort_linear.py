@@ -59,14 +59,18 @@ class Products:
             y = graph.contrib("FusedMatMul", x, weight, out=last, transB=1)
         return graph.op("Add", y, bias, out=out) if bias else y
 
-    def embedding(self, ids: str, name: str, tensor: Linear) -> str:
-        """Rows of a table `[rows, columns]`: `[batch, sequence, columns]`. `name`: of the weight in the graph."""
+    def embedding(self, ids: str, name: str, tensor: Linear, *, is_shared: bool) -> str:
+        """Rows of a table `[rows, columns]`: `[batch, sequence, columns]`.
+
+        `name`: of the weight in the graph; `is_shared`: whether a product takes it too.
+        """
         graph, form = self._graph, self.format(tensor.tensor)
         part = Part(tensor.tensor, tensor.start, tensor.start + tensor.rows)
         if isinstance(form, FloatFormat):
             table = graph.floats(name, [part], (tensor.rows, tensor.columns), dtype=form.dtype)
-            found = graph.op("Gather", table, ids, axis=0)
-            return found if form.dtype == graph.float_type else graph.op("Cast", found, to=graph.float_type)
+            if is_shared:  # ORT casts it once, for the product: rows of the result keep no second copy in memory
+                return graph.op("Gather", self._cast(table, form.dtype), ids, axis=0)
+            return self._cast(graph.op("Gather", table, ids, axis=0), form.dtype)
         codes, scales = graph.matrix(name, [part], tensor.columns, form)
         if isinstance(form, ChannelFormat):
             return self._gather_columns(ids, codes, scales)

@@ -17,8 +17,6 @@ from lora2edge.graph.ort_decoder import write_ort_decoder
 from lora2edge.graph.write import write_data, write_model
 from lora2edge.progress import Silent
 
-NEW_TOKENS = 8
-
 
 class Nearest:
     """Rounds to nearest: scales from the largest magnitude."""
@@ -65,12 +63,18 @@ class Lowered:
     checkpoint: Any
     session: Any
 
+    @property
+    def dtype(self) -> str:
+        """Of the cache."""
+        kind: str = self.session.get_inputs()[2].type
+        return {"tensor(float)": "float32", "tensor(float16)": "float16"}[kind]
+
     def empty(self, batch: int) -> dict[str, Any]:
         """A cache without a token."""
         shape = (batch, self.decoder.kv_heads, 0, self.decoder.head_dim)
         kinds = ("key", "value")
         return {
-            f"past_key_values.{layer}.{kind}": np.zeros(shape, np.float32)
+            f"past_key_values.{layer}.{kind}": np.zeros(shape, self.dtype)
             for layer in range(len(self.decoder.layers))
             for kind in kinds
         }
@@ -134,7 +138,7 @@ def _genai(decoder: Decoder) -> dict[str, Any]:
         "context_length": decoder.context_length,
         "vocab_size": decoder.vocab_rows,
         "bos_token_id": 1,
-        "eos_token_id": decoder.vocab_rows + 1,  # never
+        "eos_token_id": decoder.vocab_rows - 1,
         "pad_token_id": 0,
         "decoder": {
             "filename": "model.onnx",
@@ -200,45 +204,66 @@ def reference_tokens(model: Any, prompts: Sequence[Sequence[int]], new: int) -> 
     import torch
 
     ids = torch.tensor(prompts)
+    model.generation_config.eos_token_id = None
     with torch.no_grad():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     return [row[len(prompts[0]) :] for row in out.tolist()]
 
 
-def greedy(lowered: Lowered, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
-    """Greedy tokens by plain ONNX Runtime, on cache buffers that are past and present in one; ragged prompts."""
-    import onnxruntime
+class InPlace:
+    """Plain ONNX Runtime on cache buffers that are past and present in one."""
 
-    decoder, batch = lowered.decoder, len(prompts)
-    lengths = np.array([len(ids) for ids in prompts])
-    most = int(lengths.max()) + new
-    shape = (batch, decoder.kv_heads, most, decoder.head_dim)
-    names = [f"{layer}.{kind}" for layer in range(len(decoder.layers)) for kind in ("key", "value")]
-    buffers = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
-    ids = np.zeros((batch, lengths.max()), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    results: list[list[int]] = [[] for _ in prompts]
-    for _ in range(new):
-        binding = lowered.session.io_binding()
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64))
-        for name, value in buffers.items():
+    def __init__(self, lowered: Lowered, batch: int, most: int) -> None:
+        import onnxruntime
+
+        decoder = lowered.decoder
+        shape = (batch, decoder.kv_heads, most, decoder.head_dim)
+        names = [f"{layer}.{kind}" for layer in range(len(decoder.layers)) for kind in ("key", "value")]
+        value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self.buffers = {name: value(np.full(shape, 7, lowered.dtype)) for name in names}
+        self.session = lowered.session
+
+    def __call__(self, ids: Any, lengths: Any, positions: Any = None) -> Any:
+        """Logits. `ids`: the new tokens; `lengths`: of the rows with them."""
+        import onnxruntime
+
+        binding = self.session.io_binding()
+        lengths = np.asarray(lengths)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
+        mask = np.arange(lengths.max())[None] < lengths[:, None]
+        binding.bind_cpu_input("attention_mask", mask.astype(np.int64))
+        if positions is not None:
+            # bind_cpu_input does not look among overridable initializers.
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(positions, np.int64))
+            binding.bind_ortvalue_input("logits_positions", value)
+        for name, value in self.buffers.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         binding.bind_output("logits")
-        lowered.session.run_with_iobinding(binding)
-        chosen = _logits(binding)[:, -1].argmax(-1)
+        self.session.run_with_iobinding(binding)
+        return next(value.numpy() for value in binding.get_outputs() if len(value.shape()) == 3)
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    """Ids padded on the right, and lengths."""
+    lengths = np.array([len(ids) for ids in prompts])
+    ids = np.zeros((len(prompts), lengths.max()), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    return ids, lengths
+
+
+def greedy(lowered: Lowered, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    """Greedy tokens of ragged prompts in one batch."""
+    ids, lengths = pad(prompts)
+    step = InPlace(lowered, len(prompts), int(lengths.max()) + new)
+    results: list[list[int]] = [[] for _ in prompts]
+    for _ in range(new):
+        chosen = step(ids, lengths)[:, -1].argmax(-1)
         for row, token in enumerate(chosen):
             results[row].append(int(token))
-        ids, lengths = chosen[:, None].astype(np.int64), lengths + 1
+        ids, lengths = chosen[:, None], lengths + 1
     return results
-
-
-def _logits(binding: Any) -> Any:
-    return next(value.numpy() for value in binding.get_outputs() if len(value.shape()) == 3)
 
 
 def error_of(found: Any, expected: Any) -> float:
