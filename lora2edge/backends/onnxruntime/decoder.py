@@ -158,12 +158,14 @@ class Call:
         return self._run_all(ids.shape)[:, -1]
 
     def run_kept(self, ids: IntArray, mask: IntArray, positions: IntArray, out: FloatArray) -> None:
-        """The logits at `positions` `[kept]` of the one row's new tokens, written to `out` `[kept, V]`, contiguous."""
+        """The logits at `positions` `[kept]` of the one row's new tokens, written to `out` `[kept, V]`."""
         self._feed(ids, mask)
         if self._decoder.picks_positions:
+            # The graph declares one row of logits, and ONNX Runtime refuses a bound array of more: this one it makes.
             self._bind_positions(positions[None])
-            self._bind_logits(out[None])
+            self._binding.bind_output("logits", "cpu")
             self._run()
+            out[:] = self._binding.get_outputs()[-1].numpy()[0]
             self._bind_positions(_NEWEST)
             self._bind_logits(self._logits)
         else:

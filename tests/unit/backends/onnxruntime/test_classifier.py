@@ -130,6 +130,9 @@ def test_encode_equals_transformers(copy: Path, pair: str | None) -> None:
     }  # fmt: skip
     source["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     (copy / "tokenizer.json").write_text(json.dumps(source))
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = AutoTokenizer.from_pretrained(copy)
     text = "How is high blood pressure treated?"
     wanted = tokenizer(text, pair, return_token_type_ids=True)
