@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -370,3 +372,37 @@ def test_every_architecture_in_chunks_and_beside_others(arch: str, tmp_path: Pat
         for prompt, logits in zip(ids, opened.logits(ids, [range(len(prompt)) for prompt in ids]), strict=True):
             wanted = expected_logits(model, prompt)
             assert np.abs(logits - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_a_forked_process_is_told_to_open_its_own(decoder: Path) -> None:
+    """Threads do not survive a fork: without the check the child would wait for ever."""
+    code = f"""
+import os, sys
+from pathlib import Path
+from lora2edge.backends.onnxruntime.session import open_session
+from lora2edge.errors import InputError
+session = open_session(Path({str(decoder)!r}), device="cpu", threads=1, slots=1, max_length=32)
+if (child := os.fork()) == 0:
+    try:
+        session.generate([1], max_new=1, stop=[])
+    except InputError as error:
+        session.close()
+        os._exit(7 if error.code == "forked" else 1)
+    os._exit(2)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(session.generate([1], max_new=3, stop=[]))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["7", "3"]
+
+
+def test_a_session_that_is_never_closed_ends_with_the_process(decoder: Path) -> None:
+    """An answer under way does not crash the interpreter's end."""
+    code = f"""
+from pathlib import Path
+from lora2edge.backends.onnxruntime.session import open_session
+session = open_session(Path({str(decoder)!r}), device="cpu", threads=1, slots=1, max_length=400)
+answer = session.generate([1], max_new=399, stop=[])
+print(next(answer) >= 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
