@@ -1,6 +1,13 @@
 """The user's texts: read, split, rendered with the model's own chat template, tokenized once."""
 
-from lora2edge.texts.classes import check_classes, class_names, longest_text, padding_id, segment_count
+from lora2edge.texts.classes import (
+    check_classes,
+    class_names,
+    longest_text,
+    padding_id,
+    position_offset,
+    segment_count,
+)
 from lora2edge.texts.coverage import describe_coverage
 from lora2edge.texts.encoder import TextEncoder
 from lora2edge.texts.items import prompt_key, read_items, split_items
@@ -35,6 +42,7 @@ __all__ = [
     "longest_text",
     "padding_id",
     "pieces",
+    "position_offset",
     "prompt_key",
     "read_items",
     "read_labelled",

@@ -105,12 +105,16 @@ def longest_text(view: Checkpoint) -> int | None:
     bounds = []
     positions = view.config.get("max_position_embeddings")
     if isinstance(positions, int):
-        offset = view.config.get("model_type") in _OFFSET_POSITIONS
-        bounds.append(positions - (int(view.config.get("pad_token_id") or 0) + 1 if offset else 0))
+        bounds.append(positions - position_offset(view.config))
     said = read_tokenizer_file(view.tokenizer, "tokenizer_config.json").get("model_max_length")
     if isinstance(said, int) and 0 < said < _MOST_TOKENS:
         bounds.append(said)
     return min(bounds, default=None)
+
+
+def position_offset(config: Mapping[str, Any]) -> int:
+    """Position of a text's first token: behind the padding token's id in RoBERTa and its kin, else 0."""
+    return int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in _OFFSET_POSITIONS else 0
 
 
 def _bad_labels(why: str) -> CheckpointError:

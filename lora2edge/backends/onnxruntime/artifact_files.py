@@ -1,8 +1,8 @@
-"""What an artifact's own JSON files say: its tokenizer, its longest sequence, its padding, its classes."""
+"""What an artifact's own JSON files say: its tokenizer, its longest sequence, its padding."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 from lora2edge.checkpoint import read_json_file, read_tokenizer_file, tokenizer_files
 from lora2edge.contracts import TokenizerFiles
 from lora2edge.errors import InputError
+from lora2edge.texts import position_offset
 
 _POSITIONS = "max_position_embeddings"
-_COUNTS_FROM_PADDING = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,8 @@ def most_positions(folder: Path) -> int | None:
     for source, key in ((genai, "context_length"), (text, _POSITIONS), (config, _POSITIONS)):
         found = source.get(key) if isinstance(source, dict) else None
         if isinstance(found, int) and found > 0:
-            return found - _first_position(config)
+            return found - position_offset(config)
     return None
-
-
-def _first_position(config: Mapping[str, Any]) -> int:
-    """RoBERTa and its kin begin to count behind the padding token's id."""
-    if config.get("model_type") not in _COUNTS_FROM_PADDING:
-        return 0
-    return int(config["pad_token_id"]) + 1 if _is_id(config.get("pad_token_id")) else 0
 
 
 def padding_of(folder: Path) -> Padding | None:
@@ -88,24 +81,6 @@ def padding_of(folder: Path) -> Padding | None:
             markers.update(value if isinstance(value, list) else [value])
     markers.update(_token_id(files, name) for name in ("bos_token", "eos_token", "cls_token", "sep_token"))
     return Padding(found, found in markers)
-
-
-def class_names(folder: Path) -> tuple[str, ...]:
-    """Labels in the order of the logits, from config.json's `id2label`; () where it has none.
-
-    Raises InputError, code `bad-labels`, where they are not numbered from 0 on.
-    """
-    stored = read_config(folder).get("id2label")
-    if not isinstance(stored, dict) or not stored:
-        return ()
-    if sorted(stored) != sorted(str(index) for index in range(len(stored))):
-        raise InputError(
-            "bad-labels",
-            f"config.json numbers its {len(stored)} labels {', '.join(sorted(map(str, stored))[:10])}",
-            why="the logits are numbered from 0 on",
-            hint="mend id2label in config.json",
-        )
-    return tuple(str(stored[str(index)]) for index in range(len(stored)))
 
 
 def _token_id(files: TokenizerFiles, name: str) -> int | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora2edge.backends.onnxruntime.artifact_files import (
-    class_names,
     most_positions,
     padding_of,
     read_config,
@@ -18,7 +17,8 @@ from lora2edge.backends.onnxruntime.artifact_files import (
 from lora2edge.backends.onnxruntime.finalize import open_finalized
 from lora2edge.backends.onnxruntime.runtime import Device, Opened
 from lora2edge.contracts import Encoded, SessionFacts
-from lora2edge.errors import CheckpointError, InputError, UnsupportedError
+from lora2edge.errors import InputError, UnsupportedError
+from lora2edge.texts import TextEncoder, class_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +39,7 @@ class OnnxClassifier:
         self._session: Any = opened.session
         self._folder = folder
         self._facts = facts
-        self._tokenizer: Any = None
+        self._encoder: TextEncoder | None = None
         inputs = {value.name for value in self._session.get_inputs()}
         outputs = [value for value in self._session.get_outputs() if value.name == "logits"]
         if not outputs or not {"input_ids", "attention_mask"} <= inputs <= _INPUTS:
@@ -54,7 +54,7 @@ class OnnxClassifier:
         self._type_count = int(config.get("type_vocab_size", 2)) if self._has_types else 0
         self._vocabulary = int(config.get("vocab_size", 0))
         self._padding = padding_of(folder)
-        self._labels = self._named(outputs[0].shape[-1], class_names(folder))
+        self._labels = _names(outputs[0].shape[-1], config)
 
     @property
     def facts(self) -> SessionFacts:
@@ -72,11 +72,9 @@ class OnnxClassifier:
 
     def encode(self, text: str, pair: str | None = None) -> Encoded:
         """Ids with the special tokens of tokenizer.json's post-processor; not cut, however long."""
-        if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self._folder)
-        found = self._tokenizer.encode(text, pair)
-        types = tuple(found.type_ids) if self._type_count > 1 else ()
-        return Encoded(tuple(found.ids), types if any(types) else ())
+        if self._encoder is None:
+            self._encoder = TextEncoder(tokenizer_of(self._folder), self._type_count)
+        return self._encoder.encode(text, pair)
 
     def classify(self, batch: Sequence[Encoded]) -> list[FloatArray]:
         """For each text, in order, float32 logits: `[labels]`, or `[tokens, labels]` where tokens are classified.
@@ -139,17 +137,6 @@ class OnnxClassifier:
         if self._padding is not None:
             self._padding.refuse(item.ids)
 
-    def _named(self, count: int | str, names: tuple[str, ...]) -> tuple[str, ...]:
-        if not isinstance(count, int):
-            return names
-        if names and len(names) != count:
-            raise InputError(
-                "bad-labels",
-                f"config.json names {len(names)} labels, the model has {count}",
-                hint="build the artifact again, with the config.json of the classifier's own base",
-            )
-        return names or tuple(f"LABEL_{index}" for index in range(count))
-
 
 def open_classifier(
     folder: Path, *, device: Device, threads: int, max_length: int, weights: str = ""
@@ -187,20 +174,18 @@ def open_classifier(
     return OnnxClassifier(opened, folder, facts)
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    """The tokenizers library's object, which neither pads nor cuts. Raises CheckpointError."""
-    import tokenizers
-
-    path = tokenizer_of(folder).files.get("tokenizer.json")
-    if path is None:
-        raise CheckpointError("no-tokenizer-json", f"{folder} has no tokenizer.json", hint="build the artifact again")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise CheckpointError("broken-tokenizer", "tokenizer.json cannot be read", why=str(error)) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+def _names(count: int, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the graph's classes; as in transformers, LABEL_0, LABEL_1, … where config.json names none."""
+    if not config.get("id2label"):
+        return tuple(f"LABEL_{index}" for index in range(count))
+    names = class_names(config)
+    if len(names) != count:
+        raise InputError(
+            "bad-labels",
+            f"config.json names {len(names)} labels, the model has {count}",
+            hint="build the artifact again, with the config.json of the classifier's own base",
+        )
+    return names
 
 
 def _groups(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 _POSITIONS = "logits_positions"
+_NEWEST = np.full((1, 1), -1, np.int64)
+"""The graph's own default of the positions."""
 _PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 
 
@@ -141,6 +143,7 @@ class Call:
 
     def __init__(self, decoder: Decoder, cache: Cache, first: int, count: int) -> None:
         self._decoder = decoder
+        self._cache = cache  # bound by address
         self._binding = decoder.session.io_binding()
         cache.bind(self._binding, first, count)
         self._logits = np.empty((count, 1, decoder.vocab_size), np.float32)
@@ -155,12 +158,16 @@ class Call:
         return self._run_all(ids.shape)[:, -1]
 
     def run_kept(self, ids: IntArray, mask: IntArray, positions: IntArray, out: FloatArray) -> None:
-        """The logits at `positions` `[kept]` of the one row's new tokens, written to `out` `[kept, V]`, contiguous."""
+        """The logits at `positions` `[kept]` of the one row's new tokens, written to `out` `[kept, V]`."""
         self._feed(ids, mask)
         if self._decoder.picks_positions:
-            self._binding.bind_cpu_input(_POSITIONS, positions[None])
-            self._bind_logits(out[None])
+            # The graph declares one row of logits, and ONNX Runtime refuses a bound array of more: this one it makes.
+            self._bind_positions(positions[None])
+            self._binding.bind_output("logits", "cpu")
             self._run()
+            out[:] = self._binding.get_outputs()[-1].numpy()[0]
+            self._bind_positions(_NEWEST)
+            self._bind_logits(self._logits)
         else:
             out[:] = self._run_all(ids.shape)[0, positions]
 
@@ -175,6 +182,10 @@ class Call:
         self._run()
         self._bind_logits(self._logits)
         return out
+
+    def _bind_positions(self, positions: IntArray) -> None:
+        # By its address: `bind_cpu_input` does not find inputs that have a default.
+        self._binding.bind_input(_POSITIONS, "cpu", 0, np.int64, positions.shape, positions.ctypes.data)
 
     def _bind_logits(self, out: FloatArray) -> None:
         self._binding.bind_output("logits", "cpu", 0, np.float32, out.shape, out.ctypes.data)

@@ -32,6 +32,8 @@ class DecoderEngine:
     def __init__(self, decoder: Decoder, *, slots: int, max_length: int) -> None:
         self._decoder = decoder
         self._cache = Cache(decoder, slots, max_length)
+        self._ones = np.ones((1, max_length), np.int64)
+        """The mask of a lone row, up to its length."""
         self._rows: list[Request | None] = []
         self._steps: dict[int, Call] = {}
         """Of a number of rows."""
@@ -89,16 +91,12 @@ class DecoderEngine:
         if not answering:
             return []
         count = answering[-1][0] + 1
-        ids = np.zeros((count, 1), np.int64)
-        lengths = np.ones(count, np.int64)
-        for row, request in enumerate(rows[:count]):
-            if request is not None:
-                lengths[row] = request.length + 1
-        for row, request in answering:
-            ids[row] = request.token
+        lengths = [request.length + 1 if request else 1 for request in rows[:count]]
+        tokens = [[request.token if request and request.answering else 0] for request in rows[:count]]
+        mask = self._ones[:, : lengths[0]] if count == 1 else lengths_mask(np.array(lengths))
         if (call := self._steps.get(count)) is None:
             call = self._steps[count] = Call(self._decoder, self._cache, 0, count)
-        logits = call.run(ids, lengths_mask(lengths))
+        logits = call.run(np.array(tokens), mask)
         for _, request in answering:
             request.length += 1
         return [(request, logits[row : row + 1]) for row, request in answering]
@@ -110,6 +108,6 @@ class DecoderEngine:
         if (call := self._prefills.get(row)) is None:
             call = self._prefills[row] = Call(self._decoder, self._cache, row, 1)
         ids = request.ids[None, request.length : stop].astype(np.int64)
-        logits = call.run(ids, np.ones((1, stop), np.int64))
+        logits = call.run(ids, self._ones[:, :stop])
         request.length = stop
         return logits

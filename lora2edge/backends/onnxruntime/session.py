@@ -28,6 +28,8 @@ BATCH_TOKENS = 1024
 """Padded tokens that are scored together. A longer sequence is scored in chunks of as many, on a cache of its own."""
 BATCH_BYTES = 64 << 20
 """Bound of the logits of one call, but for a single sequence's."""
+_LEAST_TOKENS = 64
+"""Of a chunk, however large the vocabulary: fewer would not use the processor."""
 SCORED_BYTES = 256 << 20
 """Bound of the logits that `logits` computes ahead of its reader."""
 
@@ -182,8 +184,10 @@ class OnnxSession:
         tokens = np.asarray(ids, np.int64)[None]
         wanted: IntArray = np.asarray(kept, np.int64)
         rows = np.empty((len(kept), self._decoder.vocab_size), np.float32)
-        for start in range(0, len(ids), BATCH_TOKENS):
-            stop = min(len(ids), start + BATCH_TOKENS)
+        most = BATCH_BYTES // (4 * self._decoder.vocab_size)
+        step = BATCH_TOKENS if len(kept) <= most else max(_LEAST_TOKENS, min(BATCH_TOKENS, most))
+        for start in range(0, len(ids), step):
+            stop = min(len(ids), start + step)
             first, last = np.searchsorted(wanted, (start, stop))
             mask = np.ones((1, stop), np.int64)
             if first == last:

@@ -1,4 +1,4 @@
-"""A plain float32 Qwen2 graph with the inputs and outputs that the session runs, for tests of the session alone."""
+"""A Qwen2 graph as other exporters write them: it gives the logits of all tokens, and takes no positions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from lora2edge.graph.write import write_data, write_model
 from lora2edge.progress import SILENT
 
 
-def write_qwen2(checkpoint: Path, folder: Path, *, positions: bool = True) -> Path:
-    """`checkpoint` (Qwen2, tied) as model.onnx, model.onnx.data and the tokenizer's files; without `positions`, the
-    graph gives the logits of all tokens, as other exporters' do."""
+def write_qwen2(checkpoint: Path, folder: Path) -> Path:
+    """`checkpoint` (Qwen2, tied, float32) as model.onnx and model.onnx.data, with the tokenizer's files."""
     folder.mkdir(parents=True)
     view = open_checkpoint(checkpoint)
-    graph = _graph(json.loads((checkpoint / "config.json").read_text()), positions)
+    graph = _graph(json.loads((checkpoint / "config.json").read_text()))
     write_data(folder / "model.onnx.data", graph, view, None, SILENT)
     (folder / "journal.jsonl").unlink(missing_ok=True)
     write_model(folder / "model.onnx", graph, "model.onnx.data")
@@ -29,7 +28,7 @@ def write_qwen2(checkpoint: Path, folder: Path, *, positions: bool = True) -> Pa
     return folder
 
 
-def _graph(config: dict, positions: bool) -> Graph:
+def _graph(config: dict) -> Graph:
     hidden, layers, heads = (config[f"{key}"] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     kv, inner, vocab = config["num_key_value_heads"], config["intermediate_size"], config["vocab_size"]
     size, epsilon = hidden // heads, config["rms_norm_eps"]
@@ -37,8 +36,8 @@ def _graph(config: dict, positions: bool) -> Graph:
     b = GraphBuilder("plain", opset=21)
     b.add_input("input_ids", "int64", ("batch", "sequence"))
     b.add_input("attention_mask", "int64", ("batch", "total"))
-    b.add_output("logits", "float32", ("batch", "kept", vocab))
-    one, zero, axis = b.constant("one", [1], "int64"), b.constant("zero", 0, "int64"), b.constant("axis", 1, "int64")
+    b.add_output("logits", "float32", ("batch", "sequence", vocab))
+    one, axis = b.constant("one", [1], "int64"), b.constant("axis", 1, "int64")
     lengths = b.op("ReduceSum", "attention_mask", one, keepdims=0)
     last = b.op("Cast", b.op("Sub", lengths, one), to="int32")
     total = b.op("Cast", b.op("Gather", b.op("Shape", "attention_mask"), axis), to="int32")
@@ -96,17 +95,6 @@ def _graph(config: dict, positions: bool) -> Graph:
         gate, up = (linear(y, f"{place}mlp.{kind}_proj", rows=inner, columns=hidden) for kind in ("gate", "up"))
         y = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
         x = b.op("Add", x, linear(y, place + "mlp.down_proj", rows=hidden, columns=inner))
-    if positions:
-        b.add_input("logits_positions", "int64", ("rows", "kept"))
-        b.constant("logits_positions", [[-1]], "int64")
-        batch = b.op("Unsqueeze", b.op("Gather", b.op("Shape", "input_ids"), zero), b.constant("first", [0], "int64"))
-        kept = b.op("Unsqueeze", b.op("Gather", b.op("Shape", "logits_positions"), axis), "first")
-        width = b.op("Gather", b.op("Shape", "input_ids"), axis)
-        newest = b.op("Sub", b.op("Min", lengths, width), one)
-        wanted = b.op("Expand", "logits_positions", b.op("Concat", batch, kept, axis=0))
-        is_last = b.op("Less", wanted, zero)
-        index = b.op("Where", is_last, b.op("Unsqueeze", newest, one), wanted)
-        x = b.op("GatherND", x, b.op("Unsqueeze", index, b.constant("two", [2], "int64")), batch_dims=1)
     matrix = weight("model.embed_tokens.weight", rows=vocab, columns=hidden)
     b.contrib("FusedMatMul", norm(x, "model.norm.weight"), matrix, transB=1, out="logits")
     return b.finish()
