@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lora2edge.adapters import written_config
 from lora2edge.backends.layerwise import RoundedTensors, round_layers, rounding_cost
+from lora2edge.backends.onnxruntime.activations import calibrated_ranges
 from lora2edge.backends.onnxruntime.decide import Decision, decide, make_graph
 from lora2edge.backends.onnxruntime.genai import GENAI_CONFIG, write_genai_config
 from lora2edge.backends.onnxruntime.rounding import BlockEncoder, StreamRounder
@@ -29,6 +31,8 @@ from lora2edge.contracts import (
 from lora2edge.errors import TargetError
 from lora2edge.graph.builder import BlockFormat
 from lora2edge.graph.decoder import Decoder
+from lora2edge.graph.encoder import Encoder
+from lora2edge.graph.ranges import ActivationRange
 from lora2edge.graph.write import SLAB_ELEMENTS, write_data, write_model
 from lora2edge.storage import write_json
 from lora2edge.target import Target
@@ -93,7 +97,7 @@ class OnnxRuntimeBackend:
         rounded = None
         if calibration is not None and decision.gptq_names():
             rounded = _round(checkpoint, calibration, decision, out, progress)
-        graph = make_graph(decision)
+        graph = make_graph(decision, _ranges(checkpoint, calibration, decision, out, progress))
         rounder = StreamRounder(checkpoint, rounded, decision.precision.float_type)
         write_data(out / DATA_FILE, graph, checkpoint, rounder, progress)
         write_model(out / MODEL_FILE, graph, DATA_FILE)
@@ -128,6 +132,12 @@ class OnnxRuntimeBackend:
         from lora2edge.backends.onnxruntime.damage import measure_damage
 
         return measure_damage(checkpoint, path / MODEL_FILE, progress)
+
+    def finalize(self, path: Path, target: Target, progress: Progress) -> Mapping[str, Any]:
+        """Packs the weights for this machine (`contracts.Finalizing`)."""
+        from lora2edge.backends.onnxruntime.finalize import finalize
+
+        return finalize(path)
 
     def doctor(self) -> BackendHealth:
         """Which ONNX Runtime is here, and what it can run on. Never raises."""
@@ -170,6 +180,17 @@ def _round(
     embedding = decision.formats[(looked_up or head)[0].name]
     encoder = BlockEncoder(forms, embedding, columns, decision.precision.float_type)
     return round_layers(checkpoint, calibration, names, encoder, out, progress)
+
+
+def _ranges(
+    checkpoint: Checkpoint, calibration: Calibration | None, decision: Decision, out: Path, progress: Progress
+) -> dict[str, ActivationRange] | None:
+    """Of the activations, where they are fixed beforehand."""
+    if calibration is None or not decision.precision.is_static or not isinstance(decision.model, Encoder):
+        return None
+    texts = [sample.encoded for sample in calibration.classified]
+    percentile = decision.options.percentile
+    return calibrated_ranges(checkpoint, decision.model, texts, out / ".float", progress, percentile=percentile)
 
 
 def _write_files(checkpoint: Checkpoint, decision: Decision, out: Path) -> None:

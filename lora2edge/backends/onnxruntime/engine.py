@@ -39,10 +39,13 @@ class DecoderEngine:
         """Of a number of rows."""
         self._prefills: dict[int, Call] = {}
         """Of a row."""
+        self._answers: dict[Request, list[int]] = {}
+        """Tokens so far, where a sequence may have to be given again."""
 
     def turn(self, active: Sequence[Request]) -> list[tuple[Request, FloatArray]]:
         """One token for every answer under way, and one chunk of one prompt."""
         self._place(active)
+        self._begin_again()
         done = self._step()
         if (waiting := next((request for request in active if not request.answering), None)) is not None:
             logits = self._prefill(waiting)
@@ -52,12 +55,14 @@ class DecoderEngine:
 
     def release(self, request: Request) -> None:
         """Frees the request's row."""
+        self._answers.pop(request, None)
         if request in self._rows:  # one that was cancelled may have no row yet
             self._rows[self._rows.index(request)] = None
 
     def reset(self) -> None:
         """Frees all rows."""
         self._rows.clear()
+        self._answers.clear()
 
     def close(self) -> None:
         """Frees the cache."""
@@ -85,6 +90,18 @@ class DecoderEngine:
             self._cache.move(len(rows), hole, last.length)
             rows[hole] = last
 
+    def _begin_again(self) -> None:
+        """Makes prompts of the answers whose next token is the first that turns by other angles."""
+        if (switch := self._decoder.recompute_length) is None:
+            return
+        for request in self._rows:
+            if request is not None and request.answering:
+                answer = self._answers.setdefault(request, [])
+                answer.append(request.token)
+                if request.length == switch:
+                    request.ids = np.concatenate([request.ids, np.array(answer, request.ids.dtype)])
+                    request.length = 0
+
     def _step(self) -> list[tuple[Request, FloatArray]]:
         rows = self._rows
         answering = [(row, request) for row, request in enumerate(rows) if request and request.answering]
@@ -105,6 +122,8 @@ class DecoderEngine:
         """The request's next chunk: logits `[1, V]` of the chunk's last token."""
         row = self._rows.index(request)
         stop = min(len(request.ids), request.length + CHUNK_TOKENS[self._decoder.device])
+        if (switch := self._decoder.recompute_length) is not None and len(request.ids) > switch:
+            stop = len(request.ids)
         if (call := self._prefills.get(row)) is None:
             call = self._prefills[row] = Call(self._decoder, self._cache, row, 1)
         ids = request.ids[None, request.length : stop].astype(np.int64)

@@ -28,6 +28,11 @@ _FATAL = 4
 _DECISIVE = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "avx", "i8mm", "asimddp", "asimd")
 """Processor flags that decide which matrix kernels run, best first."""
 _SHOWN_NODES = 5
+_SETTINGS = {
+    "session.record_ep_graph_assignment_info": "1",
+    # Without VNNI, AVX2 and AVX-512 add products of unsigned and signed bytes in 16 bits, which overflow.
+    "session.x64quantprecision": "1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def open_model(
     settings.log_severity_level = _FATAL
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
-    for key, value in {"session.record_ep_graph_assignment_info": "1", **(options or {})}.items():
+    for key, value in {**_SETTINGS, **(options or {})}.items():
         settings.add_session_config_entry(key, value)
     if optimized is not None:
         settings.optimized_model_filepath = str(optimized)
