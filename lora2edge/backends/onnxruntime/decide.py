@@ -21,7 +21,8 @@ from lora2edge.graph.ranges import ActivationRange
 from lora2edge.target import Target
 
 CLASSIFICATIONS = frozenset({"sequence-classification", "token-classification"})
-_BLOCKS = (256, 128, 64, 32, 16)
+_BLOCKS = (128, 64, 32, 16)
+"""Largest first: the fastest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def decide(checkpoint: Checkpoint, target: Target) -> Decision:
     decision = None
     if chosen and model:
         precision, options = chosen
-        formats = {name: choose_format(name, role, precision, options) for name, role in _roles(model).items()}
+        formats = _formats(model, precision, options)
         decision = Decision(precision, options, model, formats)
         errors += _contradictions(target, decision)
     refuse([single for error in errors for single in (error.errors if isinstance(error, Refusals) else (error,))])
@@ -106,6 +107,16 @@ def make_graph(decision: Decision, ranges: Mapping[str, ActivationRange] | None 
         activations=ranges,
         float_type=decision.precision.float_type,
     )
+
+
+def _formats(model: Decoder | Encoder, precision: Precision, options: Options) -> dict[str, Format]:
+    """How each matrix is stored: in blocks of the size asked for, or of the largest that fits all of them."""
+    columns = {matrix.name: matrix.columns for matrix in model.matrices}
+    for block in _BLOCKS if options.block is None else (options.block,):
+        formats = {n: choose_format(n, role, precision, options, block) for n, role in _roles(model).items()}
+        if not any(isinstance(form, BlockFormat) and columns[name] % block for name, form in formats.items()):
+            break
+    return formats
 
 
 def _roles(model: Decoder | Encoder) -> dict[str, str]:
@@ -131,18 +142,18 @@ def _contradictions(target: Target, decision: Decision) -> list[InputError]:
     """Options that do not go with the model."""
     errors: list[InputError] = []
     columns = {matrix.name: matrix.columns for matrix in decision.model.matrices}
-    block = decision.options.block
-    blocked = [name for name, form in decision.formats.items() if isinstance(form, BlockFormat)]
-    uneven = [name for name in blocked if columns[name] % block]
+    blocked = {name: form.block for name, form in decision.formats.items() if isinstance(form, BlockFormat)}
+    uneven = [name for name, block in blocked.items() if columns[name] % block]
     if uneven:
+        name = uneven[0]
         fitting = [size for size in _BLOCKS if not any(columns[name] % size for name in blocked)]
         errors.append(
             TargetError(
                 "onnx-block",
-                f"{uneven[0]} has rows of {columns[uneven[0]]} weights, no multiple of the block of {block}"
+                f"{name} has rows of {columns[name]} weights, no multiple of the block of {blocked[name]}"
                 + (f" ({len(uneven)} such tensors)" if len(uneven) > 1 else ""),
                 why="every block has a scale of its own",
-                hint=f"options: {{block: {fitting[0]}}}" if fitting else "precision: fp32",
+                hint=f"options: {{block: {fitting[0]}}}, or none" if fitting else "precision: fp32",
             )
         )
     if decision.precision.is_static and isinstance(decision.model, Decoder):

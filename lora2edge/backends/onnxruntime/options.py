@@ -57,8 +57,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    block: Literal[16, 32, 64, 128, 256] = 128
-    """Columns that share a scale."""
+    block: Literal[16, 32, 64, 128, 256] | None = None
+    """Columns that share a scale; None: 128, or the largest of the others that divides every row."""
     rounding: Literal["gptq", "nearest"] | None = None
     """None: GPTQ where there are 4-bit weights of a decoder and calibration text."""
     head_bits: Bits | None = None
@@ -116,7 +116,7 @@ def read_options(target: Target) -> tuple[Precision, Options]:
     return precision, options
 
 
-def choose_format(name: str, role: str, precision: Precision, options: Options) -> Format:
+def choose_format(name: str, role: str, precision: Precision, options: Options, block: int) -> Format:
     """How the matrix of tensor `name` is stored. `role`: what it does, as the model's description says."""
     bits = 32 if role in KEPT and precision.form != "float" else precision.bits
     if role in {"head", "embedding"}:
@@ -129,4 +129,4 @@ def choose_format(name: str, role: str, precision: Precision, options: Options) 
         return FloatFormat(wide)
     if precision.form == "channel" and role not in {"head", "embedding"} and bits == 8:
         return ChannelFormat()
-    return BlockFormat(4 if bits == 4 else 8, options.block)
+    return BlockFormat(4 if bits == 4 else 8, block)

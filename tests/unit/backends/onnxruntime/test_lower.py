@@ -283,6 +283,12 @@ def test_refusals(precision: str, options: Any, code: str, said: str, tmp_path: 
     assert said in str(found[0])
 
 
+def test_the_largest_block_that_divides_every_row(tmp_path: Path) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=64, intermediate=96))
+    found = lower(view, tmp_path / "out", "int8")
+    assert found.notes["tensor_types"] == {"int8 in blocks of 32": 15}
+
+
 def test_cuda_on_a_build_without_it(tmp_path: Path) -> None:
     view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128))
     with pytest.raises(InputError) as caught:
