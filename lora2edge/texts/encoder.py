@@ -11,7 +11,6 @@ from lora2edge.checkpoint import read_tokenizer_file
 from lora2edge.contracts import Encoded, LabelledItem, LabelledSample, TokenizerFiles
 from lora2edge.errors import CheckpointError
 
-
 _NO_SEGMENTS = "TokenizersBackend"
 """transformers 5's class for a tokenizer of no model's own gives no segment ids, unless model_input_names has them."""
 
