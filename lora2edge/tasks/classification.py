@@ -57,7 +57,7 @@ class Classification:
         if other := next((step for step in steps if step.task != view.task), None):
             raise UnsupportedError(
                 "combine-tasks",
-                f"the merge of {other.adapters[-1].path.name} makes a {other.task} model, and the whole a {view.task} one",
+                f"with {other.adapters[-1].path.name} it is a {other.task} model, with all adapters a {view.task} one",
                 why="each step of a sequence is proved on the same texts, and they have no text in common",
                 hint="`lora2edge merge` the first adapters into a folder, and build the classifier on that as --base",
             )
