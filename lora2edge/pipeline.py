@@ -138,7 +138,7 @@ class Pipeline:
         return self._cached("prove", [plan.tools.digest(samples), asdict(session)], measure)
 
     def calibrate(self, texts: Texts[Any]) -> Finished:
-        """The calibration folder: samples, and the activation statistics of the merged model."""
+        """The calibration folder: samples, and of a language model the activation statistics of the merged one."""
         plan, samples = self.plan, texts.calibration
         fast = plan.device == "cuda" or _FAST_BFLOAT16 & set(describe()["cpu_flags"])
         dtype = "bfloat16" if plan.dtype == "bfloat16" and fast else "float32"

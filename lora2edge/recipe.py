@@ -89,7 +89,7 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the baseline. auto: float32 for quality, the checkpoint's own for speed."""
     tokens: int = Field(default=20000, gt=0)
-    """Budget of scored test positions."""
+    """Budget of what is scored of the test text: tokens of responses; of a classifier texts, or words."""
     threads: int | None = Field(default=None, gt=0)
     """None: all physical cores."""
     seed: int = 0

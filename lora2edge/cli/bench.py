@@ -27,7 +27,7 @@ from lora2edge.cli.options import (
     "scenarios",
     multiple=True,
     metavar="NAME|FILE",
-    help="Default: the target's own, where shipped; else chat.",
+    help="Default: the target's own, where shipped; else chat, or classify.",
 )
 @run_options
 @json_option

@@ -62,7 +62,9 @@ def run_options(function: F) -> F:
     for option in (
         click.option("--seed", type=int, help="Of the bootstrap intervals. Default: 0."),
         click.option("--threads", type=click.IntRange(min=1), help="Default: all physical cores."),
-        click.option("--tokens", type=click.IntRange(min=1), help="Budget of scored test positions. Default: 20000."),
+        click.option(
+            "--tokens", type=click.IntRange(min=1), help="Budget of scored test tokens, texts or words. Default: 20000."
+        ),
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -75,7 +77,9 @@ def run_options(function: F) -> F:
 
 
 data_option = click.option(
-    "--data", type=click.Path(path_type=Path), help="JSONL: prompt/response, input/output or messages."
+    "--data",
+    type=click.Path(path_type=Path),
+    help="JSONL: prompt/response, input/output or messages; of a classifier text/label, or tokens/labels.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for machines.")
 force_option = click.option("--force", is_flag=True, help="Write into a folder that is not empty and not ours.")

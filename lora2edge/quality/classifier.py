@@ -3,7 +3,7 @@
 Figures are taken over decisions: one a text, or one a word where tokens are classified. The gain is NLL(base) −
 NLL(baseline) of the right class, nats per decision. Where the base has no head of its own, because the adapter brought
 it, base + random head would be another model at every load: the base then is chance, the same probability for every
-class, and NLL(base) is ln(classes).
+class, and NLL(base) is ln(classes). A head that the base's own folder holds is used as it is, trained or not.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ where the adapter moves logits by a tenth of the largest."""
 BASE, CHANCE = "base", "chance"
 _SCHEMA = 1
 _RECORD, _SAMPLES, _LOGITS = "reference.json", "samples.jsonl", "logits.npy"
+_UNSEEN = 0.025
+"""Chance of meeting nothing of what is as frequent as the exact binomial bound (Clopper and Pearson, 1934)."""
 _BATCH_TOKENS = 1024
 """Padded tokens that are classified together."""
 
@@ -155,7 +157,8 @@ def measure_classifier(
 ) -> dict[str, Any]:
     """Accuracy, macro-F1, flips, KL and gain kept of `classifier`, JSON-ready, with 95 % intervals.
 
-    nll and KL are nats per decision, the others fractions; `macro_f1_loss` is baseline − artifact. `intervals` has
+    nll and KL are nats per decision, the others fractions; `macro_f1_loss` is baseline − artifact. `flips_bound`: where
+    no decision differs, which a bootstrap takes for certain, how many of other items could. `intervals` has
     `{"value", "low", "high"}` of each figure that has one, by the names that gates use. Raises GateError where a logit
     is not finite, UnsupportedError where the classes are others than the baseline's.
     """
@@ -185,6 +188,7 @@ def measure_classifier(
     return {
         **{name: found.value for name, found in intervals.items() if name != "gain_kept"},
         "agreement": divergence.top1_agreement,
+        "flips_bound": None if divergence.flips.any() else 1 - _UNSEEN ** (1 / len(samples)),
         "by_class": own.by_class(reference.labels),
         "gain_kept": kept.to_json() if kept else None,
         "gain_kept_reason": kept_reason,

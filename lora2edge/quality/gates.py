@@ -12,6 +12,8 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 GateVerdict = Literal["pass", "fail", "inconclusive", "not applicable"]
 _LANGUAGE, _CLASSIFIER = {"ppl_ratio"}, {"macro_f1", "macro_f1_loss"}
 """Figures of one task only."""
+_OF_FLIPS = {"flips", "macro_f1_loss"}
+"""Figures of a classifier whose interval has no width where no decision differs."""
 _WITHOUT = {"gain_kept": "gain_kept_reason", "accuracy": "accuracy_reason"}
 """Figures that some texts do not have, and where the reason is. Their gates then rest on KL's."""
 
@@ -40,6 +42,8 @@ def judge(target: Target, quality: Mapping[str, Any]) -> tuple[list[dict[str, An
             estimate = {"value": None, "low": None, "high": None}
         else:
             verdict, reason = _verdict(gate, estimate)
+        if metric in _OF_FLIPS and verdict == "pass" and (most := quality.get("flips_bound")) is not None:
+            reason = f"nothing differs on {quality['items']} items; of others up to {most:.2%} could"
         gates.append(
             {
                 "metric": metric,

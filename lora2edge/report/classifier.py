@@ -25,8 +25,6 @@ HEADLINE_COLUMNS = (
 SUMMARY_COLUMNS = ("Target", "Verdict", "Size", "Gain kept", "Accuracy", "Macro-F1", "Latency", "Texts/s")
 NARROW_COLUMNS = ("Target", "Verdict", "Size", "Macro-F1", "Latency")
 _LOST_F1 = 0.05
-_UNSEEN = 0.025
-"""Chance of seeing nothing of what is as frequent as the bound (Clopper and Pearson, 1934)."""
 _CLASSES_SHOWN = 60
 
 
@@ -172,8 +170,7 @@ def _quality_table(report: Mapping[str, Any]) -> Table:
                 Cell(f"{words.count(quality['positions'])} {unit}s in {words.count(quality['items'])} items"),
             )
         )
-        if not quality["flips"]:
-            most = 1 - _UNSEEN ** (1 / quality["items"])
+        if (most := quality["flips_bound"]) is not None:
             same.append(f"{name} agrees with the baseline on all {quality['items']} items: by these alone, up to "
                         f"{percent(most)} of others could differ (exact binomial bound, 97.5 %).")  # fmt: skip
     note = " ".join([*([note] if note else []), *same])

@@ -254,6 +254,8 @@ class ClassifierQuality(_Strict):
     kl_mean: float
     kl_p99: float
     flips: float
+    flips_bound: float | None
+    """Where there are none: the share of other items that could differ (exact binomial bound, 97.5 %)."""
     agreement: float
     accuracy: float
     macro_f1: float

@@ -24,6 +24,7 @@ from lora2edge.contracts import (
     Session,
     SessionOptions,
 )
+from lora2edge.errors import UnsupportedError
 from lora2edge.quality import CLASSIFIER, measure_classifier, open_classifier_reference, record_classifier
 from lora2edge.recipe import DataFiles
 from lora2edge.texts import (
@@ -50,8 +51,16 @@ class Classification:
     answer_tokens = 0
 
     def check(self, view: Checkpoint) -> None:
-        """Refuses regressions, independent labels, and decoders without a padding token."""
+        """Refuses regressions, independent labels, decoders without a padding token, and adapters of several tasks."""
         check_classes(view)
+        steps = view.steps if isinstance(view, MergedCheckpoint) else ()
+        if other := next((step for step in steps if step.task != view.task), None):
+            raise UnsupportedError(
+                "combine-tasks",
+                f"with {other.adapters[-1].path.name} it is a {other.task} model, with all adapters a {view.task} one",
+                why="each step of a sequence is proved on the same texts, and they have no text in common",
+                hint="`lora2edge merge` the first adapters into a folder, and build the classifier on that as --base",
+            )
 
     def check_text(self, view: Checkpoint) -> None:
         """There is no template."""

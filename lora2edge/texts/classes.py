@@ -15,6 +15,8 @@ _OFFSET_POSITIONS = {
     "xlm-roberta-xl", "xmod",
 }  # fmt: skip
 """Their first token is at position pad_token_id + 1, so that their tables hold fewer tokens than rows."""
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+"""Output layers of classifiers: a row a class."""
 _MOST_TOKENS = 1_000_000
 """A larger `model_max_length` means that there is none."""
 
@@ -42,8 +44,8 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 def check_classes(view: Checkpoint) -> tuple[str, ...]:
     """`class_names` of a checkpoint that gives every text or token exactly one of several classes.
 
-    Raises UnsupportedError for a regression and for independent labels, CheckpointError where texts of different length
-    cannot be classified together because no padding token is named.
+    Raises UnsupportedError for a regression and for independent labels, CheckpointError where the head has another
+    number of classes, or texts of different length cannot be classified together because no padding token is named.
     """
     names, kind = class_names(view.config), view.config.get("problem_type")
     if kind == "multi_label_classification":
@@ -62,6 +64,14 @@ def check_classes(view: Checkpoint) -> tuple[str, ...]:
             + (f" and problem_type {kind}" if kind else ""),
             hint="`lora2edge merge` without --prove writes the merged checkpoint",
         )
+    for head in _HEADS:
+        if head in view.tensors and view.tensors[head].shape[0] != len(names):
+            raise CheckpointError(
+                "class-count",
+                f"{head} has {view.tensors[head].shape[0]} rows, config.json names {len(names)} classes",
+                why="which logit is which class cannot be told",
+                hint="give id2label in the base's config.json one name for each row",
+            )
     if "score.weight" in view.tensors and view.task == "sequence-classification" and padding_id(view) is None:
         raise CheckpointError(
             "no-pad-token",

@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from lora2edge.adapters import MergedCheckpoint, merge, open_view, read_adapter
+from lora2edge.adapters import Combination, MergedCheckpoint, merge, open_view, read_adapter
 from lora2edge.backends.hf import (
     HfBackend,
     HfClassifier,
@@ -25,7 +25,7 @@ from lora2edge.backends.hf import (
 )
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import CheckpointRef, Encoded, LabelledSample, SessionOptions
-from lora2edge.errors import CheckpointError, DataError, ProofError
+from lora2edge.errors import CheckpointError, DataError, ProofError, UnsupportedError
 from lora2edge.progress import SILENT
 from lora2edge.quality import CLASSIFIER, MergeProof, verify_merge
 from lora2edge.target import load_target
@@ -38,6 +38,7 @@ from tests.classifiers import (
     make_labelled_data,
     make_tagged_data,
 )
+from tests.tiny import make_adapter
 
 OPTIONS = SessionOptions("cpu", 1, 4, 90)
 TEXTS = ("A swollen wrist, room 7.", "chills", "red spots and itching skin on the arm since May", "sweating at night")
@@ -50,8 +51,15 @@ Case = tuple[Path, Path]
 
 def sequence(kind: str, folder: Path, *, head: bool = True, dtype: str = "float32") -> Case:
     base = make_classifier(folder / "base", kind, head=head, dtype=dtype)
-    targets = {"distilbert": ("q_lin",), "llama": ("q_proj", "up_proj")}.get(kind, ("query", "value"))
-    heads = {"distilbert": ("pre_classifier", "classifier"), "llama": ("score",), "bert": ("pooler", "classifier")}
+    targets = {"distilbert": ("q_lin",), "deberta-v2": ("query_proj",), "llama": ("q_proj", "up_proj")}.get(
+        kind, ("query", "value")
+    )
+    heads = {
+        "distilbert": ("pre_classifier", "classifier"),
+        "llama": ("score",),
+        "bert": ("pooler", "classifier"),
+        "deberta-v2": ("pooler", "classifier"),
+    }
     save = heads.get(kind, ("classifier",)) if not head else ("score",) if kind == "llama" else ("classifier",)
     return base, make_classifier_adapter(folder / "adapter", base, targets=targets, save=save)
 
@@ -65,6 +73,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "bert": partial(sequence, "bert"),
     "roberta": partial(sequence, "roberta"),
     "distilbert": partial(sequence, "distilbert"),
+    "deberta-v2 with a new head": partial(sequence, "deberta-v2", head=False),
     "bert with a new head": partial(sequence, "bert", head=False),
     "llama with a new head": partial(sequence, "llama", head=False),
     "bert tokens": partial(tokens, "bert"),
@@ -237,6 +246,26 @@ def test_a_classifier_trained_on_a_quantized_base(tmp_path: Path) -> None:
     expected = with_base.classify(texts)
     assert largest_error(merged.classify(texts), expected) < 1e-5
     assert largest_error(plain.classify(texts), expected) > 1e-3
+
+
+def test_adapters_of_several_tasks_are_refused(tmp_path: Path) -> None:
+    base, adapter = CASES["llama with a new head"](tmp_path)
+    first = make_adapter(tmp_path / "first", base, targets=["q_proj"])
+    adapters = [read_adapter(first), read_adapter(adapter)]
+    view = merge(open_checkpoint(base), adapters, Combination.from_json({"method": "sequence", "seed": 0}))
+    with pytest.raises(UnsupportedError) as caught:
+        tools_for(view.task).check(view)
+    assert caught.value.code == "combine-tasks" and "first" in caught.value.what
+
+
+def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
+    base = make_classifier(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["id2label"] = {"0": "a", "1": "b"}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        tools_for("sequence-classification").check(open_checkpoint(base))
+    assert caught.value.code == "class-count" and "3 rows" in caught.value.what and "2 classes" in caught.value.what
 
 
 def test_a_decoder_without_padding_token_is_refused(tmp_path: Path) -> None:

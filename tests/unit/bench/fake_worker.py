@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora2edge.bench.worker import serve_stdio
-from lora2edge.contracts import GREEDY, Message, Sampling, SessionFacts
+from lora2edge.contracts import GREEDY, Encoded, Message, Sampling, SessionFacts
 from lora2edge.errors import UnsupportedError
 
 
@@ -55,7 +55,32 @@ class SleepingSession:
         time.sleep(self._options.get("close_s", 0))
 
 
-def open_session() -> SleepingSession:
+class SleepingClassifier:
+    """Takes `batch_ms` for a batch, whatever is in it."""
+
+    labels = ("a", "b")
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._count = 0
+        self.facts = SessionFacts("fake", options.get("device", "cpu"), "float32", 4, 1, 4096, "", "none")
+
+    def encode(self, text: str, pair: str | None = None) -> Encoded:
+        return Encoded((1,))
+
+    def classify(self, batch: Sequence[Encoded]) -> list[Any]:
+        assert all(isinstance(text, Encoded) and all(isinstance(token, int) for token in text.ids) for text in batch)
+        self._count += 1
+        if self._count == self._options.get("fail_at"):
+            raise ValueError("no memory for the batch")
+        time.sleep(self._options["batch_ms"] / 1000)
+        return [[0.0, 1.0]] * self._options.get("gives", len(batch))
+
+    def close(self) -> None:
+        pass
+
+
+def open_session() -> SleepingSession | SleepingClassifier:
     options = json.loads(sys.argv[1])
     print("a library prints on standard output")
     os.write(1, b"and so does a C library\n")
@@ -67,7 +92,7 @@ def open_session() -> SleepingSession:
         print("last words", file=sys.stderr, flush=True)
         os._exit(options["exit"])
     time.sleep(options.get("open_s", 0))
-    return SleepingSession(options)
+    return SleepingClassifier(options) if "batch_ms" in options else SleepingSession(options)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ def test_figures_of_texts(tmp_path: Path) -> None:
         found = quality["intervals"][figure]
         assert found["low"] <= found["value"] <= found["high"]
     assert (quality["positions"], quality["items"], quality["unit"]) == (50, 50, "text")
+    assert quality["flips"] > 0 and quality["flips_bound"] is None
 
 
 def test_a_head_that_came_with_the_adapter_is_measured_against_chance(tmp_path: Path) -> None:
@@ -183,6 +184,9 @@ def test_words_are_scored_where_they_begin(tmp_path: Path) -> None:
     assert baseline["accuracy"] == 4 / 5 and baseline["unit"] == "word"
     quality = measure_classifier(Fake(rows), open_classifier_reference(tmp_path / "r"), seed=0, progress=SILENT)
     assert (quality["positions"], quality["items"], quality["flips"], quality["kl_mean"]) == (5, 2, 0, 0)
+    assert (1 - quality["flips_bound"]) ** 2 == pytest.approx(0.025)
+    gates, _ = judge(target(macro_f1_loss={"max": 0.005}), quality)
+    assert gates[0]["verdict"] == "pass" and "nothing differs on 2 items" in gates[0]["reason"]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
