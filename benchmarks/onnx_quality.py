@@ -77,11 +77,11 @@ def main() -> None:
             "bytes": sum(path.stat().st_size for path in lowered.path.glob("model.onnx*")),
             "lowering": {key: lowered.result[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes")},
         }
-        kept = figures["gain_kept"]
+        kept, right = figures["gain_kept"], measured.result["quality"]["accuracy"]
         print(
             f"{target.name:22} KL {figures['kl_mean']['value']:.2e} flips {figures['flips']['value']:.2%}"
             f" gain kept {kept['value']:.2%} [{kept['low']:.2%}, {kept['high']:.2%}]"
-            f" accuracy {found['targets'][target.name]['accuracy']:.1%}",
+            + (f" accuracy {right:.1%}" if right is not None else ""),
             flush=True,
         )
     for head in (4, 8, 16):
