@@ -264,7 +264,8 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         if step % 50 == 0:
-            print(f"step {step}/{len(plan)} loss {loss.item():.3f} {time.process_time() - start:.0f} s of CPU", flush=True)
+            took = time.process_time() - start
+            print(f"step {step}/{len(plan)} loss {loss.item():.3f} {took:.0f} s of CPU", flush=True)
 
 
 def main() -> None:
