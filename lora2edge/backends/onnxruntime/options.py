@@ -66,7 +66,8 @@ class Options(BaseModel):
     embedding_bits: Bits | None = None
     """Of an embedding that is not the output layer; None: 8 at int4, else as the output layer."""
     overrides: dict[str, Bits] = Field(default_factory=dict)
-    """Tensor name, or a pattern with `*`, → bits; the last that fits counts. 16 and 32: not quantized."""
+    """Tensor name, or a pattern with `*`, → bits; the longest that fits counts, whatever their order: cache and manifest
+    sort them. 16 and 32: not quantized."""
     accuracy_level: Literal[0, 1, 4] = 4
     """Of MatMulNBits: 4 multiplies with activations in int8, 1 in float32."""
     percentile: float = Field(default=100.0, gt=50.0, le=100.0)
@@ -122,8 +123,9 @@ def choose_format(name: str, role: str, precision: Precision, options: Options, 
     if role in {"head", "embedding"}:
         head = options.head_bits or (8 if precision.form != "float" else precision.bits)
         bits = head if role == "head" else options.embedding_bits or head
-    named = [value for pattern, value in options.overrides.items() if fnmatchcase(name, pattern)]
-    bits = named[-1] if named else bits
+    fitting = [pattern for pattern in options.overrides if fnmatchcase(name, pattern)]
+    if fitting:
+        bits = options.overrides[max(fitting, key=lambda pattern: (pattern == name, len(pattern), pattern))]
     if bits >= 16:
         wide = precision.float_type if precision.float_type != "float32" else "float32" if bits == 32 else "float16"
         return FloatFormat(wide)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lora2edge.adapters import open_view
 from lora2edge.backends.onnxruntime import OnnxRuntimeBackend
+from lora2edge.backends.onnxruntime.options import choose_format, read_options
 from lora2edge.backends.onnxruntime.rounding import BlockEncoder, nearest_blocks, nearest_channels, split_row
 from lora2edge.checkpoint import open_checkpoint
 from lora2edge.contracts import Checkpoint, CheckpointRef, Lowered, Machine, SessionOptions
@@ -287,6 +288,17 @@ def test_the_largest_block_that_divides_every_row(tmp_path: Path) -> None:
     view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=64, intermediate=96))
     found = lower(view, tmp_path / "out", "int8")
     assert found.notes["tensor_types"] == {"int8 in blocks of 32": 15}
+
+
+def test_of_several_overrides_the_longest_counts() -> None:
+    """Their order cannot: the cache's keys and the manifest sort them."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    pairs = [("*", 8), ("*.mlp.*", 32), ("*.down_proj.weight", 4), (f"{name}*", 32), (name, 16)]
+    wanted = [BlockFormat(8, 32), FloatFormat("float32"), BlockFormat(4, 32), FloatFormat("float32")]
+    for count, form in enumerate([*wanted, FloatFormat("float16")], 1):
+        for given in (pairs[:count], pairs[:count][::-1]):
+            precision, options = read_options(target("int4", overrides=dict(given)))
+            assert choose_format(name, "down", precision, options, 32) == form, given
 
 
 def test_cuda_on_a_build_without_it(tmp_path: Path) -> None:
