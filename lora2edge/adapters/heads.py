@@ -100,12 +100,13 @@ def find_new_head(base: Base, adapter: Adapter, task: Task) -> NewHead | None:
     wanted = [name for module in modules for name in _tensors(module, task)]
     lost = [name for name in wanted if name not in adapter.saved and (name not in base.tensors or name in dropped)]
     if lost:
+        saved = dict.fromkeys(module.removeprefix(layout.layers).split(".")[0] for module in modules)
         raise AdapterError(
             "adapter-random-head",
             f"the classifier needs {', '.join(lost[:3])}, which neither base nor adapter holds",
             why="transformers starts it at random each time: the adapter was not saved with the head that it was "
             "trained with",
-            hint=f"train with modules_to_save={[module.split('.')[0] for module in modules]}, and save again",
+            hint=f"train with modules_to_save={list(saved)}, and save again",
         )
     classes = adapter.reader.tensors[adapter.saved[wanted[-1]]].shape[0] if wanted[-1] in adapter.saved else None
     config: dict[str, Any] = {"architectures": [f"{layout.stem or stem}{_PARTS[task]}"]}

@@ -66,7 +66,7 @@ class Options(BaseModel):
     embedding_bits: Bits | None = None
     """Of an embedding that is not the output layer; None: 8 at int4, else as the output layer."""
     overrides: dict[str, Bits] = Field(default_factory=dict)
-    """Tensor name, or a pattern with `*`, → bits; the longest that fits counts, whatever their order: cache and manifest
+    """Tensor name, or a pattern with `*`, → bits; the longest that fits counts, in whatever order: cache and manifest
     sort them. 16 and 32: not quantized."""
     accuracy_level: Literal[0, 1, 4] = 4
     """Of MatMulNBits: 4 multiplies with activations in int8, 1 in float32."""

@@ -137,13 +137,15 @@ def test_merged_answers_like_the_live_classifier(
     assert set(account["base"]["dropped"]) == own_head and account["added"]["head"] and account["adapter"]["head"]
 
 
-def test_a_head_that_was_never_saved(tmp_path: Path) -> None:
-    """PEFT's default saves `classifier`; DeBERTa's pooler stays random, another one each time it is loaded."""
-    base = _base("deberta-v2", tmp_path / "base")
-    _adapter(base, "deberta-v2", "SEQ_CLS", tmp_path / "adapter", save=[])
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+def test_a_head_that_was_never_saved(kind: str, tmp_path: Path) -> None:
+    """PEFT's default saves `classifier`; the pooler stays random, another one each time it is loaded."""
+    base = _base(kind, tmp_path / "base")
+    _adapter(base, kind, "SEQ_CLS", tmp_path / "adapter", save=[])
     with pytest.raises(AdapterError) as caught:
         merge(open_checkpoint(base), [read_adapter(tmp_path / "adapter")])
     assert caught.value.code == "adapter-random-head" and "pooler.dense" in caught.value.what
+    assert "modules_to_save=['pooler', 'classifier']" in str(caught.value.hint)
 
 
 def test_a_pooler_that_the_base_has(tmp_path: Path) -> None:
