@@ -88,7 +88,7 @@ def check_export(
         told = ", ".join(f"{item.what}: {item.error:.1g}" for item in done)
         raise GateError(
             "export-wrong",
-            f"at {worst.what} float32 logits are off by {worst.error:.2g} of the largest, {BOUND:g} is allowed",
+            f"at {worst.what}, float32 logits are off by {worst.error:.2g} of the largest, {BOUND:g} is allowed",
             why=f"compared with the merged model in PyTorch: {told}",
         )
 
@@ -113,10 +113,10 @@ def _decoder(
         for ids, found, expected in zip(rows, session.logits(rows, keep), reference, strict=True):
             yield f"a prompt of {len(ids)} tokens", found, expected
         decoder = Decoder(session.opened)
-        pair = [rows[-1], rows[0]] if len(rows) > 1 else [rows[0]]
-        expectations = [reference[-1], reference[0]]
-        for row, found in enumerate(_decoded(decoder, pair)):
-            yield f"the last {len(found)} of {len(pair[row])} on a cache", found, expectations[row][-len(found) :]
+        pair = range(len(rows))[-2:]
+        for index, found in zip(pair, _decoded(decoder, [rows[index] for index in pair]), strict=True):
+            what = f"the last {len(found)} tokens of {len(rows[index])}, read one by one"
+            yield what, found, reference[index][-len(found) :]
 
 
 def _decoded(decoder: Decoder, rows: Sequence[Sequence[int]]) -> Iterator[FloatArray]:

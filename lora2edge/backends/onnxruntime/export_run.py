@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WORK = "export"
 """The folder inside the artifact's where everything is made; removed whatever happens."""
 _LIMIT_S = 6 * 3600
-_LINES = 5
+_LINES = 3
 """Of what the tool said last, in an error."""
 _BUILDER = "onnxruntime_genai.models.builder"
 _USED = {"genai": ("onnxruntime-genai", "onnx-ir", "transformers", "torch"), "optimum": ()}
@@ -151,7 +151,7 @@ def _call(export: Export, command: Sequence[str], folder: Path) -> None:
         ) from error
     if done.returncode:
         killed = f"killed by signal {-done.returncode} (9: out of memory); " if done.returncode < 0 else ""
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip(" ^~")]
         raise UnsupportedError(
             "export-failed",
             f"{export.name} cannot export {export.architecture}",
@@ -174,11 +174,14 @@ def _check(
     except GateError as error:
         what = f"{export.name} wrote another model than {export.architecture} is, nothing was kept: {error.what}"
         raise GateError(error.code, what, why=error.why, hint=hint) from error
-    except InputError as error:
+    except Exception as error:
+        if not isinstance(error, InputError) and not type(error).__module__.startswith("onnxruntime."):
+            raise
+        what, why = (error.what, error.why) if isinstance(error, InputError) else ("ONNX Runtime fails", str(error))
         raise UnsupportedError(
             "export-failed",
-            f"the graph that {export.name} wrote for {export.architecture} cannot be run: {error.what}",
-            why=error.why,
+            f"the graph that {export.name} wrote for {export.architecture} cannot be run: {what}",
+            why=why,
             hint=hint,
         ) from error
 
