@@ -22,6 +22,7 @@ from typing import Any, Literal
 from lora2edge.backends.onnxruntime.decide import CLASSIFICATIONS, describe
 from lora2edge.backends.onnxruntime.export_examples import longest_example
 from lora2edge.backends.onnxruntime.options import Options, read_options
+from lora2edge.checkpoint import FLOAT_DTYPES
 from lora2edge.contracts import Checkpoint, Estimate, Machine
 from lora2edge.errors import InputError, Refusals, TargetError, UnsupportedError, refuse
 from lora2edge.target import Target
@@ -43,12 +44,16 @@ _ENVIRONMENT = (
 )
 _PROBE_S = 120
 _RAM_FACTOR = 3.7
-"""Of the weights as they are loaded: measured on the builder at 0.5B and 1.5B."""
-_BASE_RAM = 600 << 20
-"""PyTorch, transformers and ONNX Runtime."""
-_WEIGHTS_PER_SECOND = 20e6
-_TOKENS_PER_SECOND = 20e9
-"""Times weights: of the comparison in PyTorch and in ONNX Runtime, on one core."""
+"""Of the checkpoint: what the builder takes for int4, measured at 0.2B, 0.5B and 1.5B in bfloat16."""
+_RAM_PER_WEIGHT = 8
+"""A float32 model twice: while the graph is made in float32, or opened."""
+_BASE_RAM = 1 << 30
+"""PyTorch, transformers and ONNX Runtime, here and in the tool's process."""
+_BASE_S = 30
+_WEIGHTS_PER_SECOND = 6e6
+"""Written, computed in PyTorch, exported twice and opened."""
+_OPERATIONS_PER_SECOND = 20e9
+"""Of the comparison in PyTorch and in ONNX Runtime, on one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +85,13 @@ class Export:
         bits = {"fp32": 32.0, "int4": 4 + 32 / self.options.block, "int8": 8 + 32 / self.options.block}
         share = bits.get(self.precision, 8.0) / 32
         size = int(4 * (weights * share + tables * (1 - share)))
-        tokens = longest_example(checkpoint.config) + 64
-        compared = 4 * tokens * weights / _TOKENS_PER_SECOND
+        stored = sum(tensor.size * FLOAT_DTYPES.get(tensor.dtype, 4) for tensor in checkpoint.tensors.values())
+        compared = 4 * (longest_example(checkpoint.config) + 64) * weights / _OPERATIONS_PER_SECOND
         return Estimate(
-            ram_bytes=_BASE_RAM + int(_RAM_FACTOR * 4 * weights),
+            ram_bytes=_BASE_RAM + int(max(_RAM_FACTOR * stored, _RAM_PER_WEIGHT * weights)),
             disk_bytes=size + tokenizer,
-            scratch_bytes=3
-            * 4
-            * weights,  # the merged checkpoint, the graph in float32, and the one that is made of it
-            seconds=60 + (weights / _WEIGHTS_PER_SECOND + compared) / max(1, machine.cores),
+            scratch_bytes=stored + 2 * 4 * weights,  # the merged checkpoint, and the graph, which optimum writes twice
+            seconds=_BASE_S + weights / _WEIGHTS_PER_SECOND + compared / max(1, machine.cores),
             max_length=_positions(checkpoint.config),
             notes=(
                 f"written by {self.name} from the merged checkpoint, kept only if its float32 logits are the merged "
