@@ -11,7 +11,7 @@ import numpy as np
 from lora2edge.contracts import Checkpoint, Encoded
 from lora2edge.errors import CheckpointError
 
-_LENGTHS = (5, 11, 24)
+_LENGTHS = (5, 24, 128)
 _BEYOND = 8
 """Tokens that a long prompt has more than a window holds."""
 _WINDOWS = {

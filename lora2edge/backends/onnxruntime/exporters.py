@@ -14,7 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,8 @@ _PRECISIONS = {"genai": ("fp32", "int8", "int4"), "optimum": ("fp32", "int8-dyna
 _OPTIONS = {"genai": {"block", "accuracy_level", "rounding", "head_bits"}, "optimum": {"rounding"}}
 """Our options that mean something to the tool."""
 _HEAD_BITS = {None, 4, 8}
-_BUILDER_NEEDS = ("onnxruntime_genai", "onnx_ir", "onnx", "torch", "transformers")
+_CHECK_NEEDS = ("onnx", "onnxruntime", "torch", "transformers")
+_BUILDER_NEEDS = ("onnxruntime_genai", "onnx_ir", *_CHECK_NEEDS)
 _CUDA_ONLY = {"PhiMoEForCausalLM"}
 _ENVIRONMENT = (
     "python -m venv optimum && optimum/bin/pip install torch==2.13.0 optimum-onnx==0.1.0 onnxruntime==1.31.1, "
@@ -85,6 +86,8 @@ class Export:
         bits = {"fp32": 32.0, "int4": 4 + 32 / self.options.block, "int8": 8 + 32 / self.options.block}
         share = bits.get(self.precision, 8.0) / 32
         size = int(4 * (weights * share + tables * (1 - share)))
+        if self.precision == "int4" and self.options.head_bits != 4:
+            size += sum(t.size for t in checkpoint.tensors.values() if "lm_head" in t.name) // 2
         stored = sum(tensor.size * FLOAT_DTYPES.get(tensor.dtype, 4) for tensor in checkpoint.tensors.values())
         compared = 4 * (longest_example(checkpoint.config) + 64) * weights / _OPERATIONS_PER_SECOND
         return Estimate(
@@ -223,10 +226,9 @@ def _contradictions(target: Target, options: Options, tool: str) -> list[InputEr
 
 def _genai(checkpoint: Checkpoint, target: Target, options: Options) -> Export | _No:
     architecture = _architecture(checkpoint)
-    missing = [name for name in _BUILDER_NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := _missing(_BUILDER_NEEDS):
         return _No(
-            f"{TOOLS['genai']} may know it, but {', '.join(missing)} is not installed",
+            f"{TOOLS['genai']} may know it, but {missing} is not installed",
             "pip install 'lora2edge[torch,onnxruntime-genai]'",
         )
     known = builder_architectures()
@@ -241,6 +243,11 @@ def _optimum(checkpoint: Checkpoint, target: Target, options: Options) -> Export
             f"{TOOLS['optimum']} may know it, but the target names no interpreter that has it: it needs transformers "
             "below 4.58",
             _ENVIRONMENT,
+        )
+    if missing := _missing(_CHECK_NEEDS):
+        return _No(
+            f"what {TOOLS['optimum']} writes is compared with the merged model, but {missing} is not installed",
+            "pip install 'lora2edge[torch,onnxruntime]'",
         )
     python = shutil.which(Path(options.optimum_python).expanduser().absolute())
     if python is None:
@@ -277,6 +284,11 @@ def probe_optimum(python: str, kind: str, task: str) -> dict[str, Any]:
             hint=_ENVIRONMENT,
         ) from error
     return answer
+
+
+def _missing(modules: Sequence[str]) -> str:
+    """Those that are not installed, in words."""
+    return ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
 
 
 def _export(

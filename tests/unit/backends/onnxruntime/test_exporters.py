@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora2edge.adapters import merge, read_adapter
+from lora2edge.adapters import MergedCheckpoint, merge, read_adapter
+from lora2edge.artifact import write_manifest
 from lora2edge.backends.onnxruntime import OnnxRuntimeBackend, export_run
 from lora2edge.backends.onnxruntime.export_examples import longest_example, make_examples
 from lora2edge.backends.onnxruntime.export_graph import count_products, load_graph, quantize_dynamic
@@ -26,6 +28,7 @@ from lora2edge.progress import SILENT
 from lora2edge.target import Target
 from tests.tiny import bpe_tokenizer, make_adapter, make_checkpoint, randomize
 
+Granite = tuple[MergedCheckpoint, Path, Path]
 VOCAB = 384
 MACHINE = Machine(2, 8 << 30, 8 << 30, None)
 GRANITE = {
@@ -69,7 +72,7 @@ def refused(view: Checkpoint, wanted: Target) -> InputError:
 
 
 @pytest.fixture(scope="module")
-def granite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkpoint, Path, Path]]:
+def granite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Granite]:
     """An architecture of the builder's and not of ours: the merged view, its base and its adapter."""
     root = tmp_path_factory.mktemp("granite")
     base = make(root / "base", "GraniteForCausalLM", "GraniteConfig", {**DECODER, **GRANITE})
@@ -80,7 +83,7 @@ def granite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkpoi
 
 
 @pytest.fixture(scope="module")
-def live(granite: tuple[Checkpoint, Path, Path]) -> Any:
+def live(granite: Granite) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -108,11 +111,11 @@ def expected(model: Any, ids: list[int]) -> Any:
         return model(input_ids=torch.tensor([ids])).logits[0].numpy()
 
 
-def test_granite_is_written_by_the_builder(granite: tuple[Checkpoint, Path, Path], live: Any, tmp_path: Path) -> None:
+def test_granite_is_written_by_the_builder(granite: Granite, live: Any, tmp_path: Path) -> None:
     import onnxruntime_genai
 
     view, _, _ = granite
-    backend, wanted, out = OnnxRuntimeBackend(), target("fp32"), tmp_path / "out"
+    backend, wanted, out = OnnxRuntimeBackend(), target("fp32", optimum_python="/here/python"), tmp_path / "out"
     estimate = backend.check(view, wanted, MACHINE)
     assert "onnxruntime-genai's builder" in estimate.notes[0] and estimate.max_length == 64
     lowered = lower(view, wanted, out)
@@ -122,6 +125,9 @@ def test_granite_is_written_by_the_builder(granite: tuple[Checkpoint, Path, Path
     assert {"model.onnx", "model.onnx.data", "genai_config.json", "config.json", "tokenizer.json"} <= names
     assert not [path for path in out.iterdir() if path.is_dir()], "scratch is left"
     assert backend.damage(view, out, SILENT) == []
+    facts = {"versions": lowered.versions, "notes": lowered.notes}
+    write_manifest(out, view, wanted, facts, key="", calibration=None, merge_base=None)
+    assert "/here" not in (out / "manifest.json").read_text()
     for packed in (False, True):
         if packed:
             finalize(out)
@@ -148,7 +154,7 @@ def test_granite_is_written_by_the_builder(granite: tuple[Checkpoint, Path, Path
             sequence.append(token)
 
 
-def test_int4_has_integer_products(granite: tuple[Checkpoint, Path, Path], live: Any, tmp_path: Path) -> None:
+def test_int4_has_integer_products(granite: Granite, live: Any, tmp_path: Path) -> None:
     view, _, _ = granite
     wanted, out = target("int4", block=32), tmp_path / "out"
     lowered = lower(view, wanted, out)
@@ -161,21 +167,19 @@ def test_int4_has_integer_products(granite: tuple[Checkpoint, Path, Path], live:
 
 
 def test_a_window_that_the_builder_forgets(tmp_path: Path) -> None:
-    base = make_checkpoint(tmp_path / "base", "mistral", dtype="float32", sliding_window=30, layers=1)
+    base = make_checkpoint(tmp_path / "base", "mistral", dtype="float32", sliding_window=150, layers=1)
     view, wanted, out = open_checkpoint(base), target("fp32", exporter="genai"), tmp_path / "out"
     with pytest.raises(GateError) as caught:
         lower(view, wanted, out)
     error = caught.value
     assert error.code == "export-wrong" and error.exit_code == 3
-    assert "of 38" in error.what and "a prompt of 24 tokens: " in error.why
+    assert "of 158" in error.what and "a prompt of 128 tokens: " in error.why
     assert "exporter: lora2edge" in error.hint
     assert not list(out.iterdir()), "nothing is kept"
     view.close()
 
 
-def test_the_builder_s_failure_is_told(
-    granite: tuple[Checkpoint, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_builder_s_failure_is_told(granite: Granite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(export_run, "_BUILDER", "no_such_builder")
     out = tmp_path / "out"
     with pytest.raises(UnsupportedError) as caught:
@@ -190,6 +194,14 @@ def test_the_builder_s_architectures_are_read_from_its_source() -> None:
     assert not {"Olmo2ForCausalLM", "GPT2LMHeadModel", "PhiMoEForCausalLM"} & known
 
 
+def test_what_is_not_installed_is_named(granite: Granite, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx_ir" else find(name))
+    error = refused(granite[0], target("fp32"))
+    assert error.code == "onnx-architecture" and "onnx_ir is not installed" in error.why
+    assert error.hint == "pip install 'lora2edge[torch,onnxruntime-genai]'"
+
+
 def test_nobody_knows_it(tmp_path: Path) -> None:
     view = open_checkpoint(make(tmp_path / "base", "Olmo2ForCausalLM", "Olmo2Config", DECODER))
     for options in ({}, {"exporter": "genai"}):
@@ -199,6 +211,14 @@ def test_nobody_knows_it(tmp_path: Path) -> None:
     assert refused(view, target("fp32", exporter="lora2edge")).code == "onnx-architecture"
     assert refused(view, target("fp32", exporter="optimum")).code == "exporter-option"
     view.close()
+
+
+def test_the_builder_has_a_time_limit(granite: Granite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(export_run, "_LIMIT_S", 0.01)
+    out = tmp_path / "out"
+    with pytest.raises(InputError) as caught:
+        lower(granite[0], target("fp32"), out)
+    assert caught.value.code == "export-timeout" and not list(out.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +233,7 @@ def test_nobody_knows_it(tmp_path: Path) -> None:
         (target("int4", exporter="nobody"), "onnx-option"),
     ],
 )
-def test_what_the_builder_cannot_follow(granite: tuple[Checkpoint, Path, Path], wanted: Target, code: str) -> None:
+def test_what_the_builder_cannot_follow(granite: Granite, wanted: Target, code: str) -> None:
     error = refused(granite[0], wanted)
     assert getattr(error, "errors", (error,))[0].code == code
 
@@ -231,10 +251,10 @@ def test_classifiers_need_an_interpreter(electra: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("config", "longest"),
     [
-        ({"max_position_embeddings": 4096}, 24),
+        ({"max_position_embeddings": 4096}, 128),
         ({"max_position_embeddings": 4096, "sliding_window": 1024}, 1032),
-        ({"max_position_embeddings": 4096, "sliding_window": 1024, "use_sliding_window": False}, 24),
-        ({"max_position_embeddings": 4096, "sliding_window": 8192}, 24),
+        ({"max_position_embeddings": 4096, "sliding_window": 1024, "use_sliding_window": False}, 128),
+        ({"max_position_embeddings": 4096, "sliding_window": 8192}, 128),
         ({"max_position_embeddings": 4096, "rope_scaling": {"original_max_position_embeddings": 2048}}, 2056),
         ({"max_position_embeddings": 16}, 16),
     ],
@@ -245,7 +265,7 @@ def test_the_longest_prompt_is_beyond_the_window(config: dict[str, Any], longest
 
 def test_pairs_of_texts_are_among_the_examples(electra: Checkpoint) -> None:
     examples = make_examples(electra)
-    assert [len(example.ids) for example in examples] == [5, 11, 22]
+    assert [len(example.ids) for example in examples] == [5, 24, 62]
     assert all(set(example.types) == {0, 1} and 0 not in example.ids for example in examples)
     assert examples == make_examples(electra)
 
