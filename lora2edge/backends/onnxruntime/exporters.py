@@ -78,12 +78,17 @@ class Export:
         """The tool, in words."""
         return TOOLS[self.tool]
 
+    @property
+    def block(self) -> int:
+        """Columns that share a scale."""
+        return self.options.block or 128
+
     def estimate(self, checkpoint: Checkpoint, machine: Machine) -> Estimate:
         """What it will need: several copies of the model, in memory and on the disk."""
         weights = sum(tensor.size for tensor in checkpoint.tensors.values())
         tables = sum(t.size for t in checkpoint.tensors.values() if "embed" in t.name)
         tokenizer = sum(Path(path).stat().st_size for path in checkpoint.tokenizer.files.values())
-        bits = {"fp32": 32.0, "int4": 4 + 32 / self.options.block, "int8": 8 + 32 / self.options.block}
+        bits = {"fp32": 32.0, "int4": 4 + 32 / self.block, "int8": 8 + 32 / self.block}
         share = bits.get(self.precision, 8.0) / 32
         size = int(4 * (weights * share + tables * (1 - share)))
         if self.precision == "int4" and self.options.head_bits != 4:
