@@ -129,7 +129,7 @@ def _builder_options(export: Export, precision: str) -> list[str]:
     found = ["windowed_kv_cache=false", "hf_token=false"]
     if precision != "fp32":
         options = export.options
-        found += [f"block_size={options.block}", f"accuracy_level={options.accuracy_level}"]
+        found += [f"block_size={export.block}", f"accuracy_level={options.accuracy_level}"]
         if precision == "int4" and options.head_bits != 4:
             found.append("matmul_mixed_precision=last_matmul:int8")
     return found
