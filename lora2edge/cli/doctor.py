@@ -23,9 +23,8 @@ def command(as_json: bool) -> None:
         return
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
     width = max(len(health.name) for health in healths)
-    click.echo(
-        f"{'machine':{width}} {machine['cpu']}, {machine['physical_cores']} cores, {machine['ram_bytes'] / 1e9:.1f} GB, {gpus}"
-    )
+    size = f"{machine['physical_cores']} cores, {machine['ram_bytes'] / 1e9:.1f} GB"
+    click.echo(f"{'machine':{width}} {machine['cpu']}, {size}, {gpus}")
     for health in healths:
         click.echo(f"{health.name:{width}} {'works' if health.works else 'does not work'}: {health.detail}")
         if health.hint:
