@@ -34,10 +34,10 @@ from lora2edge.backends.gguf.container import read_header
 from lora2edge.backends.gguf.model import plan_model
 from lora2edge.backends.gguf.session import GgufSession, open_session
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.plan import ANSWER_TOKENS
 from lora2edge.quality.divergence import Divergence, log_softmax
 from lora2edge.recipe import DataFiles
 from lora2edge.target import Target
+from lora2edge.tasks.language import ANSWER_TOKENS
 
 TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k")
 CHUNK = 256

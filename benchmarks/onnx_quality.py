@@ -18,10 +18,10 @@ from quality import Measured
 
 from lora2edge.backends.base import load_backend
 from lora2edge.contracts import SessionOptions
-from lora2edge.plan import ANSWER_TOKENS
 from lora2edge.quality.divergence import Divergence
 from lora2edge.recipe import DataFiles
 from lora2edge.target import Target
+from lora2edge.tasks.language import ANSWER_TOKENS
 
 
 def targets(block: int) -> list[Target]:

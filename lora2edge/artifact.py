@@ -182,8 +182,8 @@ class _Pace(Followed):
 
 
 def _portable(target: Target) -> dict[str, Any]:
-    """The target without this machine's paths: its interpreter, and scenarios that are the user's own files."""
-    options = target.model_dump(mode="json", exclude={"python"})
+    """The target without this machine's paths: its interpreters, and scenarios that are the user's own files."""
+    options = target.model_dump(mode="json", exclude={"python": True, "options": {"optimum_python"}})
     options["scenarios"] = [name for name in target.scenarios if not name.endswith((".yaml", ".yml"))]
     return options
 

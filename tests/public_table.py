@@ -61,6 +61,14 @@ _SOURCES = """
 """
 
 
+def _data(path: Path, adapter: Path) -> Path:
+    """Lines that suit the model's task."""
+    if "SEQ_CLS" not in (adapter / "adapter_config.json").read_text(encoding="utf-8"):
+        return make_data(path, 4)
+    path.write_text('{"text": "Case 1: chills.", "label": 0}\n', encoding="utf-8")
+    return path
+
+
 def render() -> str:
     """The page. Takes some seconds and next to no disk."""
     names = public_models()
@@ -82,7 +90,7 @@ def survey(folder: Path, name: str) -> Survey:
     """The plan of building fixture `name` for every shipped target, on the fixed machine."""
     base = make_public_checkpoint(folder / "base", name)
     adapter = make_public_adapter(folder / "adapter", base, name)
-    recipe = Recipe(base=str(base), adapter=str(adapter), data=str(make_data(folder / "data.jsonl", 4)))
+    recipe = Recipe(base=str(base), adapter=str(adapter), data=str(_data(folder / "data.jsonl", adapter)))
     return survey_build(recipe, [load_target(target) for target in shipped_targets()], machine=MACHINE)
 
 

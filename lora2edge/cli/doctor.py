@@ -22,10 +22,10 @@ def command(as_json: bool) -> None:
         print_json({"machine": machine, "backends": [asdict(health) for health in healths]})
         return
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
-    click.echo(
-        f"machine  {machine['cpu']}, {machine['physical_cores']} cores, {machine['ram_bytes'] / 1e9:.1f} GB, {gpus}"
-    )
+    width = max(len(health.name) for health in healths)
+    size = f"{machine['physical_cores']} cores, {machine['ram_bytes'] / 1e9:.1f} GB"
+    click.echo(f"{'machine':{width}} {machine['cpu']}, {size}, {gpus}")
     for health in healths:
-        click.echo(f"{health.name:8} {'works' if health.works else 'does not work'}: {health.detail}")
+        click.echo(f"{health.name:{width}} {'works' if health.works else 'does not work'}: {health.detail}")
         if health.hint:
-            click.echo(f"{'':8} hint: {health.hint}")
+            click.echo(f"{'':{width}} hint: {health.hint}")

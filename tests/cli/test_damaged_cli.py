@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,17 +47,12 @@ FOUND = {case.name: case for case in CASES}
 def run(log: Path, *arguments: str | Path) -> tuple[int, str, str, int]:
     """Exit code (minus 14: too slow), standard output, standard error, and the largest resident memory in bytes."""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-        signal.alarm(LIMIT_SECONDS)  # outlives exec
-
     log.mkdir()
-    with (log / "out").open("w+") as out, (log / "err").open("w+") as err:
-        command = [sys.executable, "-m", "lora2edge", *map(str, arguments)]
-        child = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, preexec_fn=limit)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    return child.returncode, (log / "out").read_text(), (log / "err").read_text(), usage.ru_maxrss * 1024
+    limited = [sys.executable, Path(__file__).with_name("limited.py"), log, LIMIT_BYTES, LIMIT_SECONDS]
+    command = [*limited, sys.executable, "-m", "lora2edge", *arguments]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    code, peak = json.loads(done.stdout)
+    return code, (log / "out").read_text(), (log / "err").read_text(), peak
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Four GGUF targets in one build: one calibration pass, and each target's own feedback stream."""
+"""Targets of two backends in one build: one calibration pass, and each target's own feedback stream."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lora2edge.report.schema import check_report
 from tests.cli.conftest import Model, Outcome
 
 
-def test_four_targets_share_one_pass(lora2edge: Callable[..., Outcome], model: Model, tmp_path: Path) -> None:
+def test_targets_share_one_pass(lora2edge: Callable[..., Outcome], model: Model, tmp_path: Path) -> None:
     (tmp_path / "plain.yaml").write_text("backend: gguf\nprecision: q4_0\noptions: {rounding: llama.cpp}\n")
-    targets = ["gguf/q4_0", "gguf/q4_k_m", "gguf/q8_0", tmp_path / "plain.yaml"]
+    targets = ["gguf/q4_0", "gguf/q4_k_m", "gguf/q8_0", "onnxruntime/cpu-int4", tmp_path / "plain.yaml"]
     chosen = [part for target in targets for part in ("--target", target)]
     options = ["--base", model.base, "--adapter", model.adapter, "--data", model.data, "--no-bench"]
     outcome = lora2edge("build", *chosen, *options, "--out", tmp_path / "out")
@@ -26,6 +26,7 @@ def test_four_targets_share_one_pass(lora2edge: Callable[..., Outcome], model: M
         "gguf/q4_0": ["round", "quantize"],
         "gguf/q4_k_m": ["round", "quantize"],
         "gguf/q8_0": ["quantize"],
+        "onnxruntime/cpu-int4": ["round", "write"],
         "plain": ["quantize"],
     }
     assert "(round " in (tmp_path / "out" / "report.md").read_text()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lora2edge.adapters import written_config
 from lora2edge.backends.layerwise import RoundedTensors, round_layers, rounding_cost
 from lora2edge.backends.onnxruntime.activations import calibrated_ranges
+from lora2edge.backends.onnxruntime.artifact_files import write_checkpoint_files
 from lora2edge.backends.onnxruntime.decide import Decision, decide, make_graph
+from lora2edge.backends.onnxruntime.exporters import find_export
 from lora2edge.backends.onnxruntime.genai import GENAI_CONFIG, write_genai_config
 from lora2edge.backends.onnxruntime.rounding import BlockEncoder, StreamRounder
 from lora2edge.checkpoint import check_tied
@@ -34,7 +34,6 @@ from lora2edge.graph.decoder import Decoder
 from lora2edge.graph.encoder import Encoder
 from lora2edge.graph.ranges import ActivationRange
 from lora2edge.graph.write import SLAB_ELEMENTS, write_data, write_model
-from lora2edge.storage import write_json
 from lora2edge.target import Target
 
 MODEL_FILE = "model.onnx"
@@ -61,6 +60,8 @@ class OnnxRuntimeBackend:
         """What lowering will need. Reads header and config; raises all refusals at once."""
         from lora2edge.backends.onnxruntime.runtime import check_device
 
+        if export := find_export(checkpoint, target):
+            return export.estimate(checkpoint, machine)
         decision = decide(checkpoint, target)
         check_device("cpu" if target.device == "auto" else target.device)
         graph = make_graph(decision)
@@ -89,6 +90,10 @@ class OnnxRuntimeBackend:
         progress: Progress,
     ) -> Lowered:
         """Writes model, weights, tokenizer and configuration into the folder `out`."""
+        if export := find_export(checkpoint, target):
+            from lora2edge.backends.onnxruntime.export_run import run_export
+
+            return run_export(export, checkpoint, out, progress)
         decision = decide(checkpoint, target)
         if calibration is None:
             _refuse_without_data(decision, target)
@@ -195,11 +200,9 @@ def _ranges(
 
 def _write_files(checkpoint: Checkpoint, decision: Decision, out: Path) -> None:
     """What lies beside the model."""
-    write_json(out / "config.json", written_config(checkpoint))
+    write_checkpoint_files(checkpoint, out)
     if isinstance(decision.model, Decoder):
         write_genai_config(checkpoint, decision.model, out, MODEL_FILE)
-    for name, path in checkpoint.tokenizer.files.items():
-        shutil.copyfile(path, out / name)
 
 
 def _versions() -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora2edge.adapters import written_config
 from lora2edge.checkpoint import read_json_file, read_tokenizer_file, tokenizer_files
-from lora2edge.contracts import TokenizerFiles
+from lora2edge.contracts import Checkpoint, TokenizerFiles
 from lora2edge.errors import InputError
+from lora2edge.storage import write_json
 from lora2edge.texts import position_offset
 
 _POSITIONS = "max_position_embeddings"
@@ -37,6 +40,13 @@ class Padding:
                 why="ONNX Runtime's attention counts from the first token: padding there is read as text",
                 hint="give the tokens without padding: the session pads on the right itself",
             )
+
+
+def write_checkpoint_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """config.json and the tokenizer's files, as they lie beside a model."""
+    write_json(folder / "config.json", written_config(checkpoint))
+    for name, path in checkpoint.tokenizer.files.items():
+        shutil.copyfile(path, folder / name)
 
 
 def tokenizer_of(folder: Path) -> TokenizerFiles:

@@ -78,8 +78,14 @@ class _Sums:
 
 
 def measure_damage(checkpoint: Checkpoint, model: Path, progress: Progress) -> list[TensorDamage]:
-    """One entry per matrix of the checkpoint. Raises CheckpointError where file and checkpoint do not match."""
-    stored, sources, data = _read_model(model)
+    """One entry per matrix of the checkpoint; none where another tool wrote the graph, which does not say what is what.
+
+    Raises CheckpointError where file and checkpoint do not match.
+    """
+    found = _read_model(model)
+    if found is None:
+        return []
+    stored, sources, data = found
     work = [slab for name, parts in sources.items() for slab in _slabs(checkpoint, stored, name, parts)]
     progress.start("compare weights", sum((slab.stop - slab.start) * slab.columns for slab in work), "weights")
     sums = {slab.tensor: _Sums() for slab in work}
@@ -96,17 +102,19 @@ def measure_damage(checkpoint: Checkpoint, model: Path, progress: Progress) -> l
     return [_entry(name, types[name], total) for name, total in sums.items()]
 
 
-def _read_model(model: Path) -> tuple[dict[str, _Stored], dict[str, list[tuple[str, int, int]]], Path]:
+def _read_model(model: Path) -> tuple[dict[str, _Stored], dict[str, list[tuple[str, int, int]]], Path] | None:
     import onnx
 
     proto = onnx.load(model, load_external_data=False)
+    sources = {item.key: item.value for item in proto.metadata_props}.get(SOURCES)
+    if sources is None:
+        return None
     stored, files = {}, set()
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             told = {item.key: item.value for item in tensor.external_data}
             stored[tensor.name] = _Stored(tensor.name, tensor.data_type, tuple(tensor.dims), int(told["offset"]))
             files.add(told["location"])
-    sources = {item.key: item.value for item in proto.metadata_props}.get(SOURCES, "{}")
     return stored, json.loads(sources), model.parent / files.pop()
 
 

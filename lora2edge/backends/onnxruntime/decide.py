@@ -79,7 +79,7 @@ def decide(checkpoint: Checkpoint, target: Target) -> Decision:
     except InputError as error:
         errors.append(error)
     try:
-        model = _describe(checkpoint)
+        model = describe(checkpoint)
     except InputError as error:
         errors.append(error)
     decision = None
@@ -126,7 +126,8 @@ def _roles(model: Decoder | Encoder) -> dict[str, str]:
     return {matrix.name: "projection" if matrix.role == "embedding" else matrix.role for matrix in model.matrices}
 
 
-def _describe(checkpoint: Checkpoint) -> Decoder | Encoder:
+def describe(checkpoint: Checkpoint) -> Decoder | Encoder:
+    """The model as our writer knows it. Raises what `describe_decoder` and `describe_encoder` do, and `onnx-task`."""
     if checkpoint.task == "causal-lm":
         return describe_decoder(checkpoint.config, checkpoint.tensors)
     if checkpoint.task in CLASSIFICATIONS:

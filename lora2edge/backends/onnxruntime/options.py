@@ -73,7 +73,10 @@ class Options(BaseModel):
     percentile: float = Field(default=100.0, gt=50.0, le=100.0)
     """int8-static: how much of the activations a range covers."""
     exporter: Literal["auto", "lora2edge", "genai", "optimum"] = "auto"
-    """Who writes the graph. `auto`: ours; for an architecture that it does not know, onnxruntime-genai's builder."""
+    """Who writes the graph. `auto`: ours; for an architecture that it does not know, onnxruntime-genai's builder
+    (decoders) or optimum-onnx (classifiers), kept only if the float32 logits are the merged model's."""
+    optimum_python: str | None = None
+    """The interpreter of an environment with optimum-onnx, which needs an older transformers."""
 
 
 def read_options(target: Target) -> tuple[Precision, Options]:
