@@ -6,7 +6,7 @@ The class of a question is its answer where there are few: how urgent symptoms a
 what it is about. 15 classes, in English and Chinese, split as the example's data are. OUT gets `base`, a BERT of 3.5 M
 parameters that was trained on the text of examples/medical/corpus.py to fill in masked words, and saved as such
 (`BertForMaskedLM`); `adapter-SEED`, rank 16 on all linear layers, with the pooler and the head that the base lacks; and
-`data`. About 4 minutes for the base and one for each adapter, on one core; the same seeds give the same weights.
+`data`. 163 s of CPU for the base and 80 s for each adapter, on one core; everything is seeded.
 """
 
 from __future__ import annotations
