@@ -186,7 +186,7 @@ class OnnxSession:
         rows = np.empty((len(kept), self._decoder.vocab_size), np.float32)
         most = BATCH_BYTES // (4 * self._decoder.vocab_size)
         step = BATCH_TOKENS if len(kept) <= most else max(_LEAST_TOKENS, min(BATCH_TOKENS, most))
-        if (switch := self._decoder.recompute_length) is not None and len(ids) > switch:
+        if (switch := self._decoder.switch_length) is not None and len(ids) > switch:
             step = len(ids)
         for start in range(0, len(ids), step):
             stop = min(len(ids), start + step)
