@@ -163,6 +163,8 @@ def test_architectures_that_are_not_known(bases: dict[str, Path]) -> None:
         ),
         ("gemma2", {"sliding_window": None}, ["config-key"]),
         ("gemma3", {"layer_types": "absent", "sliding_window_pattern": "LLG"}, ["config-key"]),
+        ("mistral", {"architectures": ["LlamaForCausalLM"]}, ["config-key"]),
+        ("llama", {"model_type": "mistral"}, ["config-key"]),
         ("llama", {"num_key_value_heads": 3}, ["config-key"]),
         ("llama", {"num_hidden_layers": 1_000_000}, ["config-key"]),
         ("llama", {"hidden_size": "absent"}, ["config-key"]),

@@ -226,6 +226,30 @@ def test_the_same_bytes_again_and_from_any_folder(even: Any, tmp_path: Path) -> 
     assert divergence(folder, moved) == divergence(folder, tmp_path / "two")
 
 
+def test_how_genai_samples(tmp_path: Path) -> None:
+    """As generation_config.json says: 0 is a value, and what is silent is transformers' own."""
+    base = make_checkpoint(tmp_path / "base", "qwen2", hidden=128)
+    config = json.loads((base / "config.json").read_text())
+    del config["model_type"]
+    (base / "config.json").write_text(json.dumps(config))
+    own = {"do_sample": False, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    for number, said in enumerate(
+        ({}, {"do_sample": True, "temperature": 0.0, "top_k": 0, "top_p": 0.8}, {"top_k": None})
+    ):
+        (base / "generation_config.json").write_text(json.dumps(said))
+        lower(open_checkpoint(base), tmp_path / f"{number}", "int8")
+        written = json.loads((tmp_path / f"{number}" / "genai_config.json").read_text())
+        assert {key: written["search"][key] for key in own} == {
+            **own,
+            **{k: v for k, v in said.items() if v is not None},
+        }
+        assert written["model"]["type"] == "qwen2"
+    (base / "generation_config.json").write_text(json.dumps({"temperature": "warm"}))
+    with pytest.raises(InputError) as caught:
+        lower(open_checkpoint(base), tmp_path / "refused", "int8")
+    assert "temperature" in str(caught.value)
+
+
 def test_a_stored_copy_of_a_tied_head(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
