@@ -28,7 +28,7 @@ from lora2edge.contracts import (
     SessionOptions,
     TensorDamage,
 )
-from lora2edge.errors import TargetError
+from lora2edge.errors import TargetError, UnsupportedError
 from lora2edge.graph.builder import BlockFormat
 from lora2edge.graph.decoder import Decoder
 from lora2edge.graph.encoder import Encoder
@@ -134,9 +134,18 @@ class OnnxRuntimeBackend:
         return measure_damage(checkpoint, path / MODEL_FILE, progress)
 
     def finalize(self, path: Path, target: Target, progress: Progress) -> Mapping[str, Any]:
-        """Packs the weights for this machine (`contracts.Finalizing`)."""
+        """Packs the weights for this machine's CPU (`contracts.Finalizing`).
+
+        Raises UnsupportedError, code `nothing-to-finalize`, for a target of the GPU.
+        """
         from lora2edge.backends.onnxruntime.finalize import finalize
 
+        if target.device == "cuda":
+            raise UnsupportedError(
+                "nothing-to-finalize",
+                f"{path} is ready as it is",
+                why=f"{target.name} runs on the GPU, for which no weights are packed",
+            )
         return finalize(path)
 
     def doctor(self) -> BackendHealth:
