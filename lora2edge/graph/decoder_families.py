@@ -51,7 +51,7 @@ class Family:
     def refusals(self, config: Config) -> list[InputError]:
         """Settings that have no place in the graph."""
         found: list[InputError] = []
-        if config.get("use_bidirectional_attention"):
+        if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
             found.append(UnsupportedError("onnx-config", "attention is bidirectional", why="the graph is causal"))
         if self.name == "gemma3_text" and config.get("attn_logit_softcapping"):
             found.append(

@@ -77,7 +77,7 @@ class OnnxRuntimeBackend:
             seconds=weights / _WEIGHTS_PER_SECOND / max(1, machine.cores) + (gptq.seconds if gptq else 0.0),
             max_length=decision.max_length,
             layer_inputs=gptq is not None,
-            notes=(_GPTQ_NOTE,) if gptq else (),
+            notes=(*decision.notes(), *((_GPTQ_NOTE,) if gptq else ())),
         )
 
     def lower(
@@ -221,4 +221,5 @@ def _notes(decision: Decision, rounded: RoundedTensors | None) -> dict[str, Any]
         rounding = {"method": "gptq", **rounded.log.to_json()}
     else:
         rounding = {"method": "nearest", **({"why": "no calibration text"} if decision.gptq_names() else {})}
-    return {**decision.facts(), "rounding": rounding, "notes": rounded.log.notes() if rounded else []}
+    notes = [*decision.notes(), *(rounded.log.notes() if rounded else ())]
+    return {**decision.facts(), "rounding": rounding, "notes": notes}

@@ -58,6 +58,10 @@ class Decision:
             if isinstance(form, BlockFormat) and form.bits in bits and name not in looked_up
         ]
 
+    def notes(self) -> tuple[str, ...]:
+        """What whoever runs the model must know."""
+        return self.model.notes if isinstance(self.model, Decoder) else ()
+
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
         kinds = Counter(_word(form) for form in self.formats.values())

@@ -152,6 +152,7 @@ def test_architectures_that_are_not_known(bases: dict[str, Path]) -> None:
         ("gemma2", {"hidden_activation": "quick_gelu"}, ["onnx-config"]),
         ("gemma3", {"attn_logit_softcapping": 50.0}, ["onnx-config"]),
         ("gemma3", {"use_bidirectional_attention": True}, ["onnx-config"]),
+        ("llama", {"is_causal": False}, ["onnx-config"]),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, ["onnx-config"]),
         ("qwen2", {"layer_types": ["full_attention"]}, ["onnx-config"]),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, ["onnx-config"]),

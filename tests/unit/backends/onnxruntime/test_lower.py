@@ -226,6 +226,15 @@ def test_the_same_bytes_again_and_from_any_folder(even: Any, tmp_path: Path) -> 
     assert divergence(folder, moved) == divergence(folder, tmp_path / "two")
 
 
+def test_what_longrope_asks_of_a_runtime_is_told(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    base = make_checkpoint(tmp_path / "base", "phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    view = open_checkpoint(base)
+    (note,) = lower(view, tmp_path / "out", "int8").notes["notes"]
+    assert "filled again at 65 tokens" in note
+    assert note in OnnxRuntimeBackend().check(view, target("int8"), MACHINE).notes
+
+
 def test_how_genai_samples(tmp_path: Path) -> None:
     """As generation_config.json says: 0 is a value, and what is silent is transformers' own."""
     base = make_checkpoint(tmp_path / "base", "qwen2", hidden=128)
