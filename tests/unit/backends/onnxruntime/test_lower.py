@@ -15,14 +15,17 @@ import torch
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from transformers import AutoModelForCausalLM
 
+from lora2edge import journal
 from lora2edge.adapters import open_view
 from lora2edge.backends.onnxruntime import OnnxRuntimeBackend
 from lora2edge.backends.onnxruntime.rounding import BlockEncoder, nearest_blocks, nearest_channels, split_row
 from lora2edge.checkpoint import open_checkpoint
+from lora2edge.checkpoint.blas import _thread_calls
 from lora2edge.contracts import Checkpoint, CheckpointRef, Lowered, Machine, SessionOptions
 from lora2edge.errors import InputError, Lora2EdgeError
+from lora2edge.graph import write
 from lora2edge.graph.builder import BlockFormat, FloatFormat
-from lora2edge.progress import SILENT
+from lora2edge.progress import SILENT, Silent
 from lora2edge.quantize import GptqOptions, RoundingLog, factorize
 from lora2edge.target import Target
 from tests.tiny import make_adapter, make_checkpoint
@@ -224,6 +227,52 @@ def test_the_same_bytes_again_and_from_any_folder(even: Any, tmp_path: Path) -> 
     (tmp_path / "elsewhere").mkdir()
     moved = Path(shutil.move(tmp_path / "one", tmp_path / "elsewhere" / "moved"))
     assert divergence(folder, moved) == divergence(folder, tmp_path / "two")
+
+
+def test_codes_do_not_depend_on_the_threads_of_the_matrix_products(even: Any, tmp_path: Path) -> None:
+    _, view, calibration = even
+    calls = _thread_calls()
+    if calls is None:
+        pytest.skip("numpy's matrix products cannot be told how many threads to take here")
+    get, put = calls
+    before = get()
+    try:
+        for threads in (1, 2):
+            put(threads)
+            lower(view, tmp_path / f"{threads}", "int4", calibration)
+    finally:
+        put(before)
+    one, two = ((tmp_path / side / "model.onnx.data").read_bytes() for side in "12")
+    assert one == two
+
+
+class Interrupted(Silent):
+    """Ends the work with Ctrl-C after so many weights, and counts those that were done before it began."""
+
+    def __init__(self, after: int) -> None:
+        self.left, self.first = after, -1
+
+    def advance(self, amount: int = 1) -> None:
+        self.first = amount if self.first < 0 else self.first
+        self.left -= amount
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_lowering_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a tensor that an earlier run finished, however little of the next one is there."""
+    monkeypatch.setattr(journal, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(write, "SLAB_ELEMENTS", 1 << 10)
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128))
+    lower(view, tmp_path / "whole", "int8")
+    first = Interrupted(300_000)
+    with pytest.raises(KeyboardInterrupt), journal.resumable_folder(tmp_path / "out", "key") as folder:
+        OnnxRuntimeBackend().lower(view, target("int8"), None, folder, first)
+    second = Interrupted(1 << 40)
+    with journal.resumable_folder(tmp_path / "out", "key") as folder:
+        OnnxRuntimeBackend().lower(view, target("int8"), None, folder, second)
+    assert second.first >= 768 * 128  # the embedding
+    assert (tmp_path / "out" / "model.onnx.data").read_bytes() == (tmp_path / "whole" / "model.onnx.data").read_bytes()
 
 
 def test_what_longrope_asks_of_a_runtime_is_told(tmp_path: Path) -> None:
