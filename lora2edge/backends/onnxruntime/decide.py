@@ -23,6 +23,7 @@ from lora2edge.target import Target
 CLASSIFICATIONS = frozenset({"sequence-classification", "token-classification"})
 _BLOCKS = (128, 64, 32, 16)
 """Largest first: the fastest."""
+_TIED_NOTE = "embedding_bits counts for nothing: this model's embedding is its output layer, which has head_bits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,11 @@ class Decision:
         ]
 
     def notes(self) -> tuple[str, ...]:
-        """What whoever runs the model must know."""
-        return self.model.notes if isinstance(self.model, Decoder) else ()
+        """What whoever builds or runs the model must know."""
+        if not isinstance(self.model, Decoder):
+            return ()
+        is_ignored = self.options.embedding_bits is not None and self.model.is_tied
+        return (*self.model.notes, *((_TIED_NOTE,) if is_ignored else ()))
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""

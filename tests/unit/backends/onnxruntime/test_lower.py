@@ -284,6 +284,14 @@ def test_what_longrope_asks_of_a_runtime_is_told(tmp_path: Path) -> None:
     assert note in OnnxRuntimeBackend().check(view, target("int8"), MACHINE).notes
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_bits_of_an_embedding_that_is_the_output_layer(tied: bool, tmp_path: Path) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128, tied=tied))
+    notes = lower(view, tmp_path / "out", "int8", embedding_bits=4).notes
+    assert bool(notes["notes"]) is tied
+    assert notes["tensor_types"].get("int4 in blocks of 128", 0) == (not tied)
+
+
 def test_how_genai_samples(tmp_path: Path) -> None:
     """As generation_config.json says: 0 is a value, and what is silent is transformers' own."""
     base = make_checkpoint(tmp_path / "base", "qwen2", hidden=128)
@@ -352,6 +360,7 @@ def test_a_weight_that_is_not_finite(tmp_path: Path) -> None:
         ("int4", {"head_bits": 5}, "onnx-option", "head_bits"),
         ("int4", {"overrides": {"*.nothing": 8}}, "onnx-option", "*.nothing"),
         ("fp32", {"rounding": "gptq"}, "onnx-option", "gptq"),
+        ("int8", {"percentile": 99.9}, "onnx-option", "int8-static"),
         ("int4", {"block": 256}, "onnx-block", "{block: 128}"),
         ("int8-static", {}, "onnx-static-decoder", "precision: int8"),
     ],
