@@ -38,7 +38,9 @@ class OnnxSession:
     """`contracts.Session` over ONNX Runtime. Made by `open_session`.
 
     Requests beyond the slots wait. Which other requests are decoded beside one changes the order of additions: logits
-    differ in the last bits, and a greedy answer can differ where two tokens are that close. `logits` is repeatable.
+    differ in the last bits, and a greedy answer can differ where two tokens are that close. With weights in
+    int8-dynamic they differ as much as by rounding: one scale holds for the activations of all tokens of a call, those
+    of other requests and of padding included. `logits` is repeatable for the same batch.
     """
 
     def __init__(self, opened: Opened, decoder: Decoder, folder: Path, facts: SessionFacts) -> None:
