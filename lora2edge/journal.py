@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,12 +145,13 @@ class GrowingFile:
     Appending, hashing, writing and bringing the bytes to the disk run side by side.
     """
 
-    def __init__(self, journal: Journal, name: str, ends: Container[int], *, direct: bool = False) -> None:
+    def __init__(self, journal: Journal, name: str, ends: Collection[int], *, direct: bool = False) -> None:
         """`ends`: the sizes that the file may have between two calls of `append`; with any other it begins anew.
 
         With `direct` the bytes go past the page cache: right for a file that nobody reads soon.
         """
         self.name = name
+        self._ends = ends
         self.size = 0
         """Bytes that are there."""
         self._journal = journal
@@ -187,8 +188,9 @@ class GrowingFile:
         while len(self._unhashed) > _UNHASHED:
             self._unhashed.popleft().result()
         waited = time.monotonic() - self._synced_at
-        if self._journal.records and (self.size - self._synced_size >= SYNC_BYTES or waited >= SYNC_SECONDS):
-            self._make_safe()
+        is_due = self.size - self._synced_size >= SYNC_BYTES or waited >= SYNC_SECONDS
+        if self._journal.records and is_due and (not self._ends or self.size in self._ends):
+            self._make_safe()  # elsewhere it would be of no use to the next process
 
     def finish(self) -> None:
         """Brings all of it to the disk, and records the file as whole."""

@@ -271,7 +271,7 @@ class _Work:
             for start in range(0, rows, step):
                 weights = self._read(name, start, min(start + step, rows))
                 if shift:
-                    weights = corrected(weights, shift(start, weights), factor)
+                    weights = _corrected(weights, start, shift, factor)
                 data = self._encoder.encode(name, weights, factor, log)
                 file.append(data.reshape(-1).data)
                 places[name] = _Place(file.name, offset, data.shape[1])
@@ -328,6 +328,17 @@ def _refuse_gap(missed: Collection[str]) -> None:
             f"{len(missed)} matrices were never multiplied with anything",
             why=", ".join(sorted(missed)[:5]),
         )
+
+
+def _corrected(weights: FloatArray, start: int, shift: Shift, factor: Factor) -> FloatArray:
+    """`quantize.corrected` of rows from `start` on: some at a time, each on one core, so that the bits do not depend on
+    how many there are."""
+
+    def correct(first: int) -> FloatArray:
+        part = weights[first : first + _CHUNK_ROWS]
+        return corrected(part, shift(start + first, part), factor)
+
+    return np.concatenate([part for _, part in in_order(correct, range(0, len(weights), _CHUNK_ROWS))])
 
 
 def _product(weights: FloatArray, difference: NDArray[Any]) -> NDArray[Any]:

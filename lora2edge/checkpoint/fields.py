@@ -202,7 +202,12 @@ FIELDS: Mapping[str, Mapping[str, Kind]] = {
     "model.safetensors.index.json": {
         "weight_map": Kind("an object that gives each tensor its file's name", _is_weight_map),
     },
-    "generation_config.json": _TOKEN_IDS,
+    "generation_config.json": {
+        **_TOKEN_IDS,
+        **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), _NUMBER),
+        "top_k": Kind("a whole number", _is_whole),
+        "do_sample": _FLAG,
+    },
     "tokenizer_config.json": {
         **_TOKENS,
         **dict.fromkeys(("add_bos_token", "add_eos_token"), _FLAG),

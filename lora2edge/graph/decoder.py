@@ -111,6 +111,9 @@ class Decoder:
     layers: tuple[Layer, ...]
     matrices: tuple[MatrixTensor, ...]
     """In the order of the graph."""
+    switch_length: int | None = None
+    """LongRoPE: all of a prompt of more than so many tokens is turned by the long factors, so its first call must
+    reach beyond them."""
     recompute_length: int | None = None
     """LongRoPE of Phi-3: a sequence that grows beyond so many tokens turns its earlier ones anew. transformers'
     generation gives the whole sequence again at that point, and so must the caller; on the old cache, keys keep
@@ -172,7 +175,7 @@ def describe_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo
     head = Linear(_EMBEDDING if tied else _HEAD, 0, vocab, hidden)
     scalar = config.get("query_pre_attn_scalar") if family.is_gemma else None
     softcap, logit_softcap = (config.get(key) for key in ("attn_logit_softcapping", "final_logit_softcapping"))
-    switches = any(layer.rope.long_frequencies for layer in described)
+    switch = max(layer.rope.switch for layer in described) or None
     return Decoder(
         architecture=family.name,
         hidden=hidden,
@@ -194,8 +197,9 @@ def describe_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo
         logit_softcap=abs(float(logit_softcap)) if family.is_gemma and logit_softcap else None,
         layers=described,
         matrices=_matrices(described, head, vocab, hidden, tied),
-        recompute_length=described[0].rope.switch if switches and family.recomputes else None,
-        notes=_notes(described, switches, family),
+        switch_length=switch,
+        recompute_length=switch if family.recomputes else None,
+        notes=_notes(switch, family),
     )
 
 
@@ -280,10 +284,9 @@ def _matrices(layers: tuple[Layer, ...], head: Linear, vocab: int, hidden: int, 
     return (*found, MatrixTensor(head.tensor, vocab, hidden, None, "head"))
 
 
-def _notes(layers: tuple[Layer, ...], switches: bool, family: Family) -> tuple[str, ...]:
-    if not switches:
+def _notes(switch: int | None, family: Family) -> tuple[str, ...]:
+    if switch is None:
         return ()
-    switch = layers[0].rope.switch
     note = f"LongRoPE: sequences of more than {switch} tokens take the long factors, each by its own length"
     if family.recomputes:
         note += f"; a cache that was filled before must be filled again at {switch + 1} tokens"

@@ -51,7 +51,7 @@ class Family:
     def refusals(self, config: Config) -> list[InputError]:
         """Settings that have no place in the graph."""
         found: list[InputError] = []
-        if config.get("use_bidirectional_attention"):
+        if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
             found.append(UnsupportedError("onnx-config", "attention is bidirectional", why="the graph is causal"))
         if self.name == "gemma3_text" and config.get("attn_logit_softcapping"):
             found.append(
@@ -66,11 +66,19 @@ class Family:
 
 
 def find_family(config: Config) -> Family:
-    """The family of `config`'s architecture. Raises UnsupportedError `onnx-architecture`."""
+    """The family of `config`'s architecture. Raises UnsupportedError `onnx-architecture`, CheckpointError."""
     named = config.get("architectures") or [_CLASS_OF_TYPE.get(str(config.get("model_type")), "")]
     name = str(named[0]) or f"model_type {config.get('model_type')!r}"
     if name in FAMILIES:
-        return FAMILIES[name]
+        family, kind = FAMILIES[name], config.get("model_type")
+        if kind not in (None, family.name):
+            raise CheckpointError(
+                "config-key",
+                f"config.json names {name}, and the model_type {kind}",
+                why="transformers goes by the second, other runtimes by the first: it would be two models",
+                hint="make both name the model that it was trained as",
+            )
+        return family
     close = difflib.get_close_matches(name, FAMILIES, n=1)
     raise UnsupportedError(
         "onnx-architecture",

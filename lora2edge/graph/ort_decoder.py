@@ -66,8 +66,9 @@ class _Writer:
             delta = self._optional_norm(layer.feedforward_norm, self._feedforward(index, layer, x))
         self._logits(skip, delta)
         graph.add_input("logits_positions", "int64", ("rows", "kept"))
-        if decoder.recompute_length is not None:
-            graph.note("recompute_length", decoder.recompute_length)
+        for name in ("switch_length", "recompute_length"):
+            if (length := getattr(decoder, name)) is not None:
+                graph.note(name, length)
         return graph.finish()
 
     def _lengths(self) -> None:

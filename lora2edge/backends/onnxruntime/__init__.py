@@ -13,6 +13,7 @@ from lora2edge.backends.onnxruntime.artifact_files import write_checkpoint_files
 from lora2edge.backends.onnxruntime.decide import Decision, decide, make_graph
 from lora2edge.backends.onnxruntime.exporters import find_export
 from lora2edge.backends.onnxruntime.genai import GENAI_CONFIG, write_genai_config
+from lora2edge.backends.onnxruntime.options import read_options
 from lora2edge.backends.onnxruntime.rounding import BlockEncoder, StreamRounder
 from lora2edge.checkpoint import check_tied
 from lora2edge.contracts import (
@@ -28,7 +29,7 @@ from lora2edge.contracts import (
     SessionOptions,
     TensorDamage,
 )
-from lora2edge.errors import TargetError
+from lora2edge.errors import TargetError, UnsupportedError
 from lora2edge.graph.builder import BlockFormat
 from lora2edge.graph.decoder import Decoder
 from lora2edge.graph.encoder import Encoder
@@ -78,7 +79,7 @@ class OnnxRuntimeBackend:
             seconds=weights / _WEIGHTS_PER_SECOND / max(1, machine.cores) + (gptq.seconds if gptq else 0.0),
             max_length=decision.max_length,
             layer_inputs=gptq is not None,
-            notes=(_GPTQ_NOTE,) if gptq else (),
+            notes=(*decision.notes(), *((_GPTQ_NOTE,) if gptq else ())),
         )
 
     def lower(
@@ -125,6 +126,7 @@ class OnnxRuntimeBackend:
                 slots=options.slots,
                 max_length=options.max_length,
                 weights=target.precision,
+                is_alone=read_options(target)[0].form == "channel",
             )
         from lora2edge.backends.onnxruntime.classifier import open_classifier
 
@@ -139,9 +141,18 @@ class OnnxRuntimeBackend:
         return measure_damage(checkpoint, path / MODEL_FILE, progress)
 
     def finalize(self, path: Path, target: Target, progress: Progress) -> Mapping[str, Any]:
-        """Packs the weights for this machine (`contracts.Finalizing`)."""
+        """Packs the weights for this machine's CPU (`contracts.Finalizing`).
+
+        Raises UnsupportedError, code `nothing-to-finalize`, for a target of the GPU.
+        """
         from lora2edge.backends.onnxruntime.finalize import finalize
 
+        if target.device == "cuda":
+            raise UnsupportedError(
+                "nothing-to-finalize",
+                f"{path} is ready as it is",
+                why=f"{target.name} runs on the GPU, for which no weights are packed",
+            )
         return finalize(path)
 
     def doctor(self) -> BackendHealth:
@@ -215,4 +226,5 @@ def _notes(decision: Decision, rounded: RoundedTensors | None) -> dict[str, Any]
         rounding = {"method": "gptq", **rounded.log.to_json()}
     else:
         rounding = {"method": "nearest", **({"why": "no calibration text"} if decision.gptq_names() else {})}
-    return {**decision.facts(), "rounding": rounding, "notes": rounded.log.notes() if rounded else []}
+    notes = [*decision.notes(), *(rounded.log.notes() if rounded else ())]
+    return {**decision.facts(), "rounding": rounding, "notes": notes}

@@ -23,6 +23,7 @@ from lora2edge.target import Target
 CLASSIFICATIONS = frozenset({"sequence-classification", "token-classification"})
 _BLOCKS = (128, 64, 32, 16)
 """Largest first: the fastest."""
+_TIED_NOTE = "embedding_bits counts for nothing: this model's embedding is its output layer, which has head_bits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,13 @@ class Decision:
             for name, form in self.formats.items()
             if isinstance(form, BlockFormat) and form.bits in bits and name not in looked_up
         ]
+
+    def notes(self) -> tuple[str, ...]:
+        """What whoever builds or runs the model must know."""
+        if not isinstance(self.model, Decoder):
+            return ()
+        is_ignored = self.options.embedding_bits is not None and self.model.is_tied
+        return (*self.model.notes, *((_TIED_NOTE,) if is_ignored else ()))
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
@@ -165,6 +173,15 @@ def _contradictions(target: Target, decision: Decision) -> list[InputError]:
                 why="fixed ranges lose more than those that each call finds, and save a decoder nothing: its time is "
                 "that of reading the weights",
                 hint="precision: int8",
+            )
+        )
+    if decision.precision.float_type == "bfloat16" and isinstance(decision.model, Decoder):
+        errors.append(
+            UnsupportedError(
+                "onnx-bfloat16-decoder",
+                f"{target.name} asks for a decoder in bfloat16",
+                why="numpy has no such type, so that the cache of our session cannot be in it",
+                hint="precision: fp16",
             )
         )
     unmatched = [pattern for pattern in decision.options.overrides if not _matches(pattern, columns)]

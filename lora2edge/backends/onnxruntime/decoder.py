@@ -56,10 +56,12 @@ class Decoder:
         self.kv_shapes = [(int(inputs[name].shape[1]), int(inputs[name].shape[3])) for name in self.pasts]
         """Of each input of the cache: heads and their size."""
         self.vocab_size = int(outputs["logits"].shape[2])
-        told = self.session.get_modelmeta().custom_metadata_map.get("lora2edge.recompute_length")
-        self.recompute_length = int(told) if told else None
-        """A sequence of more tokens is turned by other angles (LongRoPE of Phi-3): it is given as a whole, again where
-        the cache holds the beginning of it already. transformers' generation does so."""
+        told = self.session.get_modelmeta().custom_metadata_map
+        self.switch_length, self.recompute_length = (
+            int(told[key]) if (key := f"lora2edge.{name}_length") in told else None for name in ("switch", "recompute")
+        )
+        """LongRoPE: a prompt of more tokens than the first is turned by other angles, all of it, so it is given as a
+        whole; a sequence that grows beyond the second (Phi-3) is given again. transformers' generation does so."""
         self.picks_positions = _POSITIONS in {value.name for value in self.session.get_overridable_initializers()}
         """Whether it computes the logits of those positions only that are asked for."""
 

@@ -122,7 +122,7 @@ class DecoderEngine:
         """The request's next chunk: logits `[1, V]` of the chunk's last token."""
         row = self._rows.index(request)
         stop = min(len(request.ids), request.length + CHUNK_TOKENS[self._decoder.device])
-        if (switch := self._decoder.recompute_length) is not None and len(request.ids) > switch:
+        if (switch := self._decoder.switch_length) is not None and len(request.ids) > switch:
             stop = len(request.ids)
         if (call := self._prefills.get(row)) is None:
             call = self._prefills[row] = Call(self._decoder, self._cache, row, 1)

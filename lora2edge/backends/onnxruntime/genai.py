@@ -24,7 +24,7 @@ def write_genai_config(checkpoint: Checkpoint, decoder: Decoder, folder: Path, m
     eos = ids.get("eos_token_id", 0)
     ids.setdefault("pad_token_id", eos[0] if isinstance(eos, list) else eos)
     model = {
-        "type": str(checkpoint.config["model_type"]),
+        "type": decoder.architecture,
         "context_length": decoder.context_length,
         "vocab_size": decoder.vocab_rows,
         **ids,
@@ -49,6 +49,7 @@ def write_genai_config(checkpoint: Checkpoint, decoder: Decoder, folder: Path, m
             },
         },
     }
+    sampling = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' own
     search = {
         "do_sample": bool(generation.get("do_sample", False)),
         "max_length": decoder.context_length,
@@ -56,9 +57,7 @@ def write_genai_config(checkpoint: Checkpoint, decoder: Decoder, folder: Path, m
         "num_beams": 1,
         "num_return_sequences": 1,
         "past_present_share_buffer": True,
-        "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
-        "temperature": float(generation.get("temperature") or 1.0),
-        "top_k": int(generation.get("top_k") or 50),
-        "top_p": float(generation.get("top_p") or 1.0),
+        # 0 is a value: no bound of top_k, no chance at that temperature.
+        **{key: own if (value := generation.get(key)) is None else value for key, own in sampling.items()},
     }
     write_json(folder / GENAI_CONFIG, {"model": model, "search": search})

@@ -64,7 +64,7 @@ class Options(BaseModel):
     head_bits: Bits | None = None
     """Of the output layer of a decoder; 16 and 32: not quantized. None: 8 at int4, else the precision's."""
     embedding_bits: Bits | None = None
-    """Of an embedding that is not the output layer; None: 8 at int4, else as the output layer."""
+    """Of an embedding that is not the output layer; None: as the output layer."""
     overrides: dict[str, Bits] = Field(default_factory=dict)
     """Tensor name, or a pattern with `*`, → bits; the longest that fits counts, in whatever order: cache and manifest
     sort them. 16 and 32: not quantized."""
@@ -100,6 +100,15 @@ def read_options(target: Target) -> tuple[Precision, Options]:
                 hint="`device: cuda`, or `precision: fp32`; `int8` is half of 16 bits, and loses as little",
             )
         )
+    elif target.device == "cuda" and precision.form == "channel":
+        errors.append(
+            UnsupportedError(
+                "onnx-cuda-precision",
+                f"{target.name} asks for {target.precision} on a GPU",
+                why="products of bytes are written for the CPU's kernels",
+                hint="precision: int8",
+            )
+        )
     try:
         options = validate(Options, target.options, f"options of {target.name}", "onnx-option")
     except TargetError as error:
@@ -111,6 +120,15 @@ def read_options(target: Target) -> tuple[Precision, Options]:
                 f"rounding is gptq and the precision {target.precision} in {target.name}",
                 why="GPTQ chooses codes of weights that are stored in blocks",
                 hint="precision: int4",
+            )
+        )
+    if precision and options and options.percentile != 100 and not precision.is_static:
+        errors.append(
+            TargetError(
+                "onnx-option",
+                f"percentile is {options.percentile:g} and the precision {target.precision} in {target.name}",
+                why="only int8-static fixes the ranges of activations, the others find them in each call",
+                hint="precision: int8-static, or no percentile",
             )
         )
     refuse(errors)

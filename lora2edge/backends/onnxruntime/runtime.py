@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from lora2edge.backends.onnxruntime.model_file import ModelFile, read_model_file
-from lora2edge.errors import InputError, MissingExtraError, UnsupportedError
+from lora2edge.errors import InputError, MissingExtraError, OutputError, UnsupportedError
 from lora2edge.processor import vector_flags
 
 MODEL_FILE = "model.onnx"
@@ -62,7 +62,7 @@ def open_model(
 
     Raises MissingExtraError without ONNX Runtime; InputError, code `external-data` or `broken-model`, for files that
     are not whole; UnsupportedError, code `no-provider` where the device cannot be had, and `cpu-nodes` where a part of
-    the model would run on the CPU instead.
+    the model would run on the CPU instead; OutputError, code `finalize-write`, where `optimized` cannot be written.
     """
     runtime = load_runtime()
     check_device(device)
@@ -83,6 +83,8 @@ def open_model(
     try:
         session = runtime.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's own classes have no common one
+        if optimized is not None and any(optimized.parent.iterdir()):  # read and packed, and then not written
+            raise _not_written(path, error) from error
         raise _not_opened(path, error) from error
     if device == "cuda" and CUDA not in session.get_providers():
         raise _no_provider(runtime, _why_not_loaded(runtime))
@@ -206,8 +208,21 @@ def refuse_cpu_nodes(nodes: Mapping[str, Sequence[tuple[str, str]]], integer_nod
         )
 
 
+def _not_written(path: Path, error: Exception) -> OutputError:
+    return OutputError(
+        "finalize-write",
+        f"ONNX Runtime cannot write the packed weights of {path}",
+        why=_in_its_words(error),
+        hint="free space on the disk, or copy the artifact to another; its own files are unchanged",
+    )
+
+
+def _in_its_words(error: Exception) -> str:
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+
+
 def _not_opened(path: Path, error: Exception) -> InputError:
-    why = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    why = _in_its_words(error)
     if type(error).__name__ == "NotImplemented":
         return UnsupportedError("no-kernel", f"ONNX Runtime has no kernel for a part of {path}", why=why)
     return InputError("broken-model", f"ONNX Runtime cannot open {path}", why=why, hint="build the artifact again")
@@ -218,7 +233,7 @@ def _no_provider(runtime: ModuleType, why: str) -> UnsupportedError:
         "no-provider",
         f"CUDA was asked for, and onnxruntime {runtime.__version__} here has no {CUDA} that works",
         why=why,
-        hint="pip uninstall -y onnxruntime && pip install 'lora2edge[onnxruntime-gpu]'; or --device cpu",
+        hint="pip uninstall -y onnxruntime && pip install 'lora2edge[onnxruntime-gpu]'; or take a target for the CPU",
     )
 
 

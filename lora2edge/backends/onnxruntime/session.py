@@ -38,11 +38,16 @@ class OnnxSession:
     """`contracts.Session` over ONNX Runtime. Made by `open_session`.
 
     Requests beyond the slots wait. Which other requests are decoded beside one changes the order of additions: logits
-    differ in the last bits, and a greedy answer can differ where two tokens are that close. `logits` is repeatable.
+    differ in the last bits, and a greedy answer can differ where two tokens are that close. With weights in
+    int8-dynamic they differ as much as by rounding: one scale holds for the activations of all tokens of a call, those
+    of other requests and of padding included. `logits` is repeatable for the same batch.
     """
 
-    def __init__(self, opened: Opened, decoder: Decoder, folder: Path, facts: SessionFacts) -> None:
+    def __init__(
+        self, opened: Opened, decoder: Decoder, folder: Path, facts: SessionFacts, *, is_alone: bool = False
+    ) -> None:
         self._decoder = decoder
+        self._most_rows = 1 if is_alone else BATCH_TOKENS
         self._facts = facts
         self._opened = opened
         self._folder = folder
@@ -159,7 +164,7 @@ class OnnxSession:
             length = len(used[index])
             rows = len(kept[index]) if self._decoder.picks_positions else length
             count = len(group) + 1
-            if group and (count * length > BATCH_TOKENS or count * max(widest, rows) > most):
+            if group and (count > self._most_rows or count * length > BATCH_TOKENS or count * max(widest, rows) > most):
                 yield group
                 group, widest = [], 0
             group.append(index)
@@ -186,7 +191,7 @@ class OnnxSession:
         rows = np.empty((len(kept), self._decoder.vocab_size), np.float32)
         most = BATCH_BYTES // (4 * self._decoder.vocab_size)
         step = BATCH_TOKENS if len(kept) <= most else max(_LEAST_TOKENS, min(BATCH_TOKENS, most))
-        if (switch := self._decoder.recompute_length) is not None and len(ids) > switch:
+        if (switch := self._decoder.switch_length) is not None and len(ids) > switch:
             step = len(ids)
         for start in range(0, len(ids), step):
             stop = min(len(ids), start + step)
@@ -214,12 +219,20 @@ class OnnxSession:
 
 
 def open_session(
-    folder: Path, *, device: Device, threads: int, slots: int, max_length: int, weights: str = ""
+    folder: Path,
+    *,
+    device: Device,
+    threads: int,
+    slots: int,
+    max_length: int,
+    weights: str = "",
+    is_alone: bool = False,
 ) -> OnnxSession:
     """Opens the artifact in `folder` with room for `slots` sequences of `max_length` tokens each.
 
-    `weights`: their type in words, for the facts. Raises InputError where the files, the length or the memory does
-    not fit, and what `open_model` raises.
+    `weights`: their type in words, for the facts. `is_alone`: each sequence is computed by itself, since what is in the
+    same call would change its answer (activations that share one range). Raises InputError where the files, the length
+    or the memory does not fit, and what `open_model` raises.
     """
     if threads < 1 or slots < 1 or max_length < 1:
         raise InputError(
@@ -227,6 +240,7 @@ def open_session(
             f"threads {threads}, slots {slots}, max_length {max_length} cannot be had",
             why="each must be at least 1",
         )
+    slots = 1 if is_alone else slots
     longest = most_positions(folder)
     if longest is not None and max_length > longest:
         raise InputError(
@@ -243,11 +257,13 @@ def open_session(
         slots=slots,
         threads=threads,
         max_length=max_length,
-        batching=(
+        batching="one request at a time: what is in the same call would change its answer"
+        if is_alone
+        else (
             f"continuous: up to {slots} requests are decoded together, prompts are read beside them in chunks of "
             f"{CHUNK_TOKENS[device]} tokens; no prompt cache"
         ),
         build=opened.build,
         versions=opened.versions,
     )
-    return OnnxSession(opened, decoder, folder, facts)
+    return OnnxSession(opened, decoder, folder, facts, is_alone=is_alone)

@@ -16,11 +16,14 @@ import pytest
 
 from lora2edge.artifact import is_intact, open_artifact
 from lora2edge.backends import base as backends
+from lora2edge.backends.onnxruntime import OnnxRuntimeBackend
 from lora2edge.backends.onnxruntime import finalize as finalize_module
 from lora2edge.backends.onnxruntime.finalize import finalize
 from lora2edge.backends.onnxruntime.session import open_session
 from lora2edge.cli import main
 from lora2edge.errors import InputError, Lora2EdgeError, OutputError
+from lora2edge.progress import SILENT
+from lora2edge.target import Target
 from tests.unit.backends.onnxruntime.conftest import write_manifest
 
 STALE = "finalized ones stale"
@@ -160,6 +163,29 @@ def test_a_full_disk_is_told_before_anything_is_written(int4_copy: Path, monkeyp
     with pytest.raises(OutputError) as caught:
         finalize(int4_copy)
     assert caught.value.code == "disk-full"
+
+
+def test_a_disk_that_fills_up_is_no_broken_model(int4_copy: Path) -> None:
+    before = names(int4_copy)
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from lora2edge.backends.onnxruntime.finalize import finalize\n"
+        "from lora2edge.errors import OutputError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: finalize(Path(sys.argv[1]))\n"
+        "except OutputError as error: print(error.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(int4_copy)], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "finalize-write"
+    assert names(int4_copy) == before
+
+
+def test_a_target_of_the_gpu_has_nothing_to_pack(int4_copy: Path) -> None:
+    target = Target(name="test", backend="onnxruntime", precision="int4", device="cuda", options={})
+    with pytest.raises(Lora2EdgeError) as caught:
+        OnnxRuntimeBackend().finalize(int4_copy, target, SILENT)
+    assert caught.value.code == "nothing-to-finalize"
 
 
 def test_a_kill_leaves_nothing_that_is_used(int4_copy: Path) -> None:

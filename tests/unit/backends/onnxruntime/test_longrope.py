@@ -1,4 +1,4 @@
-"""Sessions of models whose angles change with the length (Phi-3's LongRoPE): what transformers' generation gives."""
+"""Sessions of models whose angles change with the length (LongRoPE): what transformers' generation gives."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lora2edge.backends.onnxruntime import engine
 from lora2edge.backends.onnxruntime import session as session_module
 from lora2edge.backends.onnxruntime.session import OnnxSession, open_session
 from tests.tiny import make_checkpoint
@@ -19,8 +20,9 @@ from tests.unit.graph.decoders import lower
 SWITCH, MOST = 64, 300
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, OnnxSession]]:
+@pytest.fixture(scope="module", params=["phi3", "qwen2"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, OnnxSession]]:
+    """Phi-3's generation fills its cache again at the switch; no other family's does."""
     root = tmp_path_factory.mktemp("longrope")
     rope = {
         "rope_type": "longrope",
@@ -28,7 +30,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, OnnxSe
         "long_factor": [2.0 + 0.3 * index for index in range(8)],
     }
     base = make_checkpoint(
-        root / "base", "phi3", dtype="float32", rope_parameters=rope, original_max_position_embeddings=SWITCH
+        root / "base",
+        request.param,
+        dtype="float32",
+        rope_parameters=rope,
+        original_max_position_embeddings=SWITCH,
     )
     lower(base, root / "onnx")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
@@ -47,8 +53,9 @@ def generated(model: Any, ids: list[int], count: int) -> list[int]:
     return found[0, len(ids) :].tolist()
 
 
-def test_answers_that_grow_past_the_switch(made: Any) -> None:
+def test_answers_that_grow_past_the_switch(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone and beside each other; prompts before, at and behind it, and longer than a chunk."""
+    monkeypatch.setitem(engine.CHUNK_TOKENS, "cpu", 32)
     model, session = made
     lengths = (40, 62, 63, 64, 65, 66, 200)
     expected = [generated(model, prompt(length), 30) for length in lengths]

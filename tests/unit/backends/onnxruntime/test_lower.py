@@ -15,15 +15,18 @@ import torch
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from transformers import AutoModelForCausalLM
 
+from lora2edge import journal
 from lora2edge.adapters import open_view
 from lora2edge.backends.onnxruntime import OnnxRuntimeBackend
 from lora2edge.backends.onnxruntime.options import choose_format, read_options
 from lora2edge.backends.onnxruntime.rounding import BlockEncoder, nearest_blocks, nearest_channels, split_row
 from lora2edge.checkpoint import open_checkpoint
+from lora2edge.checkpoint.blas import _thread_calls
 from lora2edge.contracts import Checkpoint, CheckpointRef, Lowered, Machine, SessionOptions
 from lora2edge.errors import InputError, Lora2EdgeError
+from lora2edge.graph import write
 from lora2edge.graph.builder import BlockFormat, FloatFormat
-from lora2edge.progress import SILENT
+from lora2edge.progress import SILENT, Silent
 from lora2edge.quantize import GptqOptions, RoundingLog, factorize
 from lora2edge.target import Target
 from tests.tiny import make_adapter, make_checkpoint
@@ -227,6 +230,93 @@ def test_the_same_bytes_again_and_from_any_folder(even: Any, tmp_path: Path) -> 
     assert divergence(folder, moved) == divergence(folder, tmp_path / "two")
 
 
+def test_codes_do_not_depend_on_the_threads_of_the_matrix_products(even: Any, tmp_path: Path) -> None:
+    _, view, calibration = even
+    calls = _thread_calls()
+    if calls is None:
+        pytest.skip("numpy's matrix products cannot be told how many threads to take here")
+    get, put = calls
+    before = get()
+    try:
+        for threads in (1, 2):
+            put(threads)
+            lower(view, tmp_path / f"{threads}", "int4", calibration)
+    finally:
+        put(before)
+    one, two = ((tmp_path / side / "model.onnx.data").read_bytes() for side in "12")
+    assert one == two
+
+
+class Interrupted(Silent):
+    """Ends the work with Ctrl-C after so many weights, and counts those that were done before it began."""
+
+    def __init__(self, after: int) -> None:
+        self.left, self.first = after, -1
+
+    def advance(self, amount: int = 1) -> None:
+        self.first = amount if self.first < 0 else self.first
+        self.left -= amount
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_lowering_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a tensor that an earlier run finished, however little of the next one is there."""
+    monkeypatch.setattr(journal, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(write, "SLAB_ELEMENTS", 1 << 10)
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128))
+    lower(view, tmp_path / "whole", "int8")
+    first = Interrupted(300_000)
+    with pytest.raises(KeyboardInterrupt), journal.resumable_folder(tmp_path / "out", "key") as folder:
+        OnnxRuntimeBackend().lower(view, target("int8"), None, folder, first)
+    second = Interrupted(1 << 40)
+    with journal.resumable_folder(tmp_path / "out", "key") as folder:
+        OnnxRuntimeBackend().lower(view, target("int8"), None, folder, second)
+    assert second.first >= 768 * 128  # the embedding
+    assert (tmp_path / "out" / "model.onnx.data").read_bytes() == (tmp_path / "whole" / "model.onnx.data").read_bytes()
+
+
+def test_what_longrope_asks_of_a_runtime_is_told(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    base = make_checkpoint(tmp_path / "base", "phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    view = open_checkpoint(base)
+    (note,) = lower(view, tmp_path / "out", "int8").notes["notes"]
+    assert "filled again at 65 tokens" in note
+    assert note in OnnxRuntimeBackend().check(view, target("int8"), MACHINE).notes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bits_of_an_embedding_that_is_the_output_layer(tied: bool, tmp_path: Path) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128, tied=tied))
+    notes = lower(view, tmp_path / "out", "int8", embedding_bits=4).notes
+    assert bool(notes["notes"]) is tied
+    assert notes["tensor_types"].get("int4 in blocks of 128", 0) == (not tied)
+
+
+def test_how_genai_samples(tmp_path: Path) -> None:
+    """As generation_config.json says: 0 is a value, and what is silent is transformers' own."""
+    base = make_checkpoint(tmp_path / "base", "qwen2", hidden=128)
+    config = json.loads((base / "config.json").read_text())
+    del config["model_type"]
+    (base / "config.json").write_text(json.dumps(config))
+    own = {"do_sample": False, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    for number, said in enumerate(
+        ({}, {"do_sample": True, "temperature": 0.0, "top_k": 0, "top_p": 0.8}, {"top_k": None})
+    ):
+        (base / "generation_config.json").write_text(json.dumps(said))
+        lower(open_checkpoint(base), tmp_path / f"{number}", "int8")
+        written = json.loads((tmp_path / f"{number}" / "genai_config.json").read_text())
+        assert {key: written["search"][key] for key in own} == {
+            **own,
+            **{k: v for k, v in said.items() if v is not None},
+        }
+        assert written["model"]["type"] == "qwen2"
+    (base / "generation_config.json").write_text(json.dumps({"temperature": "warm"}))
+    with pytest.raises(InputError) as caught:
+        lower(open_checkpoint(base), tmp_path / "refused", "int8")
+    assert "temperature" in str(caught.value)
+
+
 def test_a_stored_copy_of_a_tied_head(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -271,6 +361,7 @@ def test_a_weight_that_is_not_finite(tmp_path: Path) -> None:
         ("int4", {"head_bits": 5}, "onnx-option", "head_bits"),
         ("int4", {"overrides": {"*.nothing": 8}}, "onnx-option", "*.nothing"),
         ("fp32", {"rounding": "gptq"}, "onnx-option", "gptq"),
+        ("int8", {"percentile": 99.9}, "onnx-option", "int8-static"),
         ("int4", {"block": 256}, "onnx-block", "{block: 128}"),
         ("int8-static", {}, "onnx-static-decoder", "precision: int8"),
     ],
@@ -332,10 +423,35 @@ def test_the_plan_tells_sizes(tmp_path: Path) -> None:
         assert estimate.max_length == 512
 
 
+@pytest.mark.parametrize(
+    ("precision", "code"), [("int8-dynamic", "onnx-cuda-precision"), ("bf16", "onnx-bfloat16-decoder")]
+)
+def test_what_is_refused_on_a_gpu(precision: str, code: str, tmp_path: Path) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128))
+    with pytest.raises(InputError) as caught:
+        OnnxRuntimeBackend().check(view, target(precision, device="cuda"), MACHINE)
+    assert caught.value.code == code
+
+
+def test_dynamic_answers_do_not_depend_on_each_other(tmp_path: Path) -> None:
+    """One range holds for all activations of a call."""
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128))
+    lower(view, tmp_path / "out", "int8-dynamic")
+    prompts = [np.random.default_rng(seed).integers(0, VOCAB, 4 + 9 * seed).tolist() for seed in range(6)]
+    session: Any = OnnxRuntimeBackend().open(tmp_path / "out", target("int8-dynamic"), SessionOptions("cpu", 1, 4, 200))
+    try:
+        assert session.facts.slots == 1
+        alone = [next(iter(session.logits([ids], [range(len(ids))]))) for ids in prompts]
+        together = list(session.logits(prompts, [range(len(ids)) for ids in prompts]))
+        assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
+    finally:
+        session.close()
+
+
 def test_float16_is_written_for_cuda(tmp_path: Path) -> None:
     """Not run here; the file holds half the bytes, and the types that a GPU's kernels take."""
     view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128))
-    for precision, kind in (("fp16", 10), ("bf16", 16), ("int4", 10)):
+    for precision, kind in (("fp16", 10), ("int4", 10)):
         lower_to = target(precision, device="cuda")
         (tmp_path / precision).mkdir()
         OnnxRuntimeBackend().lower(view, lower_to, None, tmp_path / precision, SILENT)
