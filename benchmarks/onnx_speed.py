@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/onnx_speed.py MODEL --work FOLDER [--threads 1] [--rounds 9] [--results FILE]
 
-MODEL is a folder of make_checkpoint.py. Contenders, each in a process of its own, their jobs in turn (A B C A B C …):
+MODEL is a folder of make_checkpoint.py. Contenders, each in a process of its own, in a new order each round:
 our folder in onnxruntime-genai, the builder's folder in onnxruntime-genai (block 128, accuracy level 4, shared
 embedding, pruned head, without and with one matrix for gate and up), our folder in our session, PyTorch bfloat16 with
 the live adapter, and llama.cpp's Q4_K_M and Q4_0. The same token ids, greedy, batch 1. Ratios are taken round by round;
@@ -208,8 +208,9 @@ def main() -> None:
         for worker in workers.values():
             worker.run()
         for turn in range(arguments.rounds):
-            names = list(workers)[turn % len(workers) :] + list(workers)[: turn % len(workers)]
-            for name in names:
+            for name in (
+                np.random.default_rng(turn).permutation(list(workers)).tolist()
+            ):  # no one always follows another
                 first, *rest = workers[name].run()
                 prefill[name].append(PREFILL / first)
                 decode[name].append(1 / float(np.median(rest)))
