@@ -91,10 +91,13 @@ def check_classes(view: Checkpoint) -> tuple[str, ...]:
 def padding_id(view: Checkpoint) -> int | None:
     """The id that shorter texts are padded with: config.json's, else that of the tokenizer's padding token.
 
-    Checkpoints of the first Llama have -1, which is no token.
+    None for a -1, as checkpoints of the first Llama have it: transformers takes it for a token that no text has, and
+    reads the class of a padded text from its padding.
     """
     stored = view.config.get("pad_token_id")
-    return int(stored) if stored is not None and int(stored) >= 0 else tokenizer_padding(view.tokenizer)
+    if stored is None:
+        return tokenizer_padding(view.tokenizer)
+    return int(stored) if int(stored) >= 0 else None
 
 
 def tokenizer_padding(files: TokenizerFiles) -> int | None:

@@ -21,12 +21,10 @@ from lora2edge.texts import (
     labelled_digest,
     load_labelled,
     longest_text,
-    padding_id,
     read_labelled,
     segment_count,
     write_labelled,
 )
-from lora2edge.texts.classes import tokenizer_padding
 from tests.classifiers import CLASSES, TAGS, make_classifier, make_labelled_data, make_tagged_data, wordpiece_tokenizer
 from tests.tiny import VOCAB, bpe_tokenizer
 
@@ -261,11 +259,13 @@ def test_positions_begin_at_2_where_no_padding_is_named(tmp_path: Path) -> None:
 
 
 def test_a_negative_padding_id_names_none(tmp_path: Path) -> None:
+    """With it, transformers reads the class from the padding, without an error."""
     folder = make_classifier(tmp_path / "llama", "llama")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": -1}))
-    view = open_checkpoint(folder)
-    assert padding_id(view) == tokenizer_padding(view.tokenizer)
+    with pytest.raises(CheckpointError) as caught:
+        check_classes(open_checkpoint(folder))
+    assert caught.value.code == "no-pad-token"
 
 
 @pytest.mark.parametrize(
