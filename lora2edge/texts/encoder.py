@@ -10,6 +10,7 @@ from typing import Any
 from lora2edge.checkpoint import read_tokenizer_file
 from lora2edge.contracts import Encoded, LabelledItem, LabelledSample, TokenizerFiles
 from lora2edge.errors import CheckpointError
+from lora2edge.texts.tokenizer import open_tokenizer
 
 _NO_SEGMENTS = "TokenizersBackend"
 """transformers 5's class for a tokenizer of no model's own gives no segment ids, unless model_input_names has them."""
@@ -31,22 +32,9 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: TokenizerFiles, segments: int) -> None:
-        import tokenizers
-
-        self._source = read_tokenizer_file(tokenizer, "tokenizer.json")
-        if not self._source:
-            raise CheckpointError(
-                "no-tokenizer-json",
-                "the checkpoint has no tokenizer.json",
-                hint="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one",
-            )
-        try:
-            self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(tokenizer.files["tokenizer.json"]))
-            """The tokenizers library's own object, without padding and truncation."""
-        except Exception as error:  # the Rust library raises plain Exception
-            raise CheckpointError("broken-tokenizer", "tokenizer.json cannot be read", why=str(error)) from error
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        self.tokenizer: Any
+        """The tokenizers library's own object, without padding and truncation."""
+        self._source, self.tokenizer = open_tokenizer(tokenizer)
         config = read_tokenizer_file(tokenizer, "tokenizer_config.json")
         inputs = config.get("model_input_names")
         _check_agreement(self._source, config)
