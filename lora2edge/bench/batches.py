@@ -28,6 +28,11 @@ class ClassifyRun:
     """Why not all of them were."""
 
     @property
+    def errors(self) -> list[str]:
+        """The one, if any."""
+        return [self.error] if self.error else []
+
+    @property
     def cut_off(self) -> bool:
         return self.error == CUT_OFF
 

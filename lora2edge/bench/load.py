@@ -61,6 +61,11 @@ class Run:
         return [record for record in self.records if record.error is not None]
 
     @property
+    def errors(self) -> list[str]:
+        """Of the requests that failed."""
+        return [record.error or "" for record in self.failed]
+
+    @property
     def cut_off(self) -> bool:
         return any(record.error == CUT_OFF for record in self.records)
 

@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lora2edge.errors import DataError, TargetError
 from lora2edge.shipped import shipped
@@ -66,7 +66,7 @@ class ClassifyScenario(LoadPattern):
     """A closed loop of batches of texts to a classifier: one at a time, the next when the last one is done."""
 
     batch_sizes: tuple[Annotated[int, Field(gt=0)], ...] = (1, 8)
-    """Texts of a batch."""
+    """Texts of a batch. Ascending, however they were given: reports call the first one's latency the smallest's."""
     texts: int = Field(default=64, gt=0)
     """Per round at each batch size; rounded up to whole batches."""
     tokens: int | None = Field(default=None, ge=3)
@@ -77,6 +77,11 @@ class ClassifyScenario(LoadPattern):
         if not self.batch_sizes or len(set(self.batch_sizes)) != len(self.batch_sizes):
             raise ValueError("batch_sizes must hold at least one size, and each once")
         return self
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _ascending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(sizes))
 
 
 def load_scenario(name: str) -> Scenario | ClassifyScenario:

@@ -48,7 +48,8 @@ def find_ranges(
     `model`: a graph whose matrices are floats, as `write_ort_encoder` writes it. A batch: the graph's inputs, int64
     `[batch, sequence]`; rows of padding, where the attention mask is 0, are left out. `percentile`: this share of each
     batch's values, and of their negatives, lies within; 100 is minimum and maximum. The widest range of all batches
-    counts. `threads`: 0 means all cores. Raises DataError `no-texts` where there is no batch, CheckpointError
+    counts. A matrix whose input was 0 throughout has none: any scale would turn all other texts' values into 0.
+    `threads`: 0 means all cores. Raises DataError `no-texts` where there is no batch, CheckpointError
     `not-finite` where the model overflows.
     """
     session, inputs, widths = _open(model, threads)
@@ -64,7 +65,7 @@ def find_ranges(
                 ranges[name] = min(low, before[0]), max(high, before[1])
     if not ranges:
         raise DataError("no-texts", "no text to find the ranges of activations with", hint="add calibration texts")
-    return {matrix: ActivationRange(*ranges[name]) for matrix, name in inputs.items()}
+    return {matrix: ActivationRange(*ranges[name]) for matrix, name in inputs.items() if ranges[name] != (0, 0)}
 
 
 def _not_finite(matrix: str) -> CheckpointError:

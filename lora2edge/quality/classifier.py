@@ -8,7 +8,6 @@ class, and NLL(base) is ln(classes). A head that the base's own folder holds is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lora2edge.contracts import Classifier, LabelledSample, Progress
-from lora2edge.errors import DataError, UnsupportedError
+from lora2edge.errors import UnsupportedError
 from lora2edge.quality.classes import Confusions, macro_f1_loss
 from lora2edge.quality.divergence import Divergence, compare, sample_nll
 from lora2edge.quality.gain import Estimate, estimate, gain, gain_kept, percentile_estimate
+from lora2edge.quality.recorded import RECORD, open_recorded
 from lora2edge.quality.states import Runner
 from lora2edge.storage import write_json
 from lora2edge.texts import labelled_digest, read_labelled, write_labelled
@@ -34,7 +34,7 @@ LOGIT_ERROR = 1e-4
 where the adapter moves logits by a tenth of the largest."""
 BASE, CHANCE = "base", "chance"
 _SCHEMA = 1
-_RECORD, _SAMPLES, _LOGITS = "reference.json", "samples.jsonl", "logits.npy"
+_SAMPLES, _LOGITS = "samples.jsonl", "logits.npy"
 _UNSEEN = 0.025
 """Chance of meeting nothing of what is as frequent as the exact binomial bound (Clopper and Pearson, 1934)."""
 _BATCH_TOKENS = 1024
@@ -132,24 +132,13 @@ def record_classifier(
         "base_nll": base_nll.tolist(),
         "figures": figures,
     }
-    write_json(folder / _RECORD, record)
+    write_json(folder / RECORD, record)
     return figures
 
 
 def open_classifier_reference(path: Path) -> ClassifierReference:
     """The baseline recorded in folder `path`. Raises DataError where it is incomplete or of another version."""
-    try:
-        record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-        if record["schema"] != _SCHEMA:
-            raise ValueError(f"schema {record['schema']}, this version reads {_SCHEMA}")
-        return ClassifierReference(path, record)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            "no-reference",
-            f"{path} holds no recorded baseline",
-            why=str(error),
-            hint=f"remove {path}: the next build records it again",
-        ) from error
+    return open_recorded(path, _SCHEMA, ClassifierReference)
 
 
 def measure_classifier(

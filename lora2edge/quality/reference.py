@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lora2edge.contracts import Progress, Sample, Session, TokenizerFiles
-from lora2edge.errors import DataError
 from lora2edge.quality.divergence import sample_nll
 from lora2edge.quality.gain import estimate, gain
+from lora2edge.quality.recorded import RECORD, open_recorded
 from lora2edge.quality.tasks import accuracy_by_label, answer, matches, short_items
 from lora2edge.storage import write_json
 from lora2edge.texts import Renderer, read_samples, samples_digest, write_samples
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from lora2edge.contracts import FloatArray
 
 _SCHEMA = 1
-_RECORD, _SAMPLES, _HIDDEN, _HEAD, _BIAS = "reference.json", "samples.jsonl", "hidden.npy", "head.npy", "bias.npy"
+_SAMPLES, _HIDDEN, _HEAD, _BIAS = "samples.jsonl", "hidden.npy", "head.npy", "bias.npy"
 _TOKENIZER = "tokenizer"
 
 
@@ -173,24 +172,13 @@ def record_reference(
             "accuracy": sum(base_right) / len(base_right) if base_right else None,
         },
     }
-    write_json(folder / _RECORD, {**record, "nll": nll.tolist(), "figures": figures})
+    write_json(folder / RECORD, {**record, "nll": nll.tolist(), "figures": figures})
     return figures
 
 
 def open_reference(path: Path) -> Reference:
     """The baseline recorded in folder `path`. Raises DataError where it is incomplete or of another version."""
-    try:
-        record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-        if record["schema"] != _SCHEMA:
-            raise ValueError(f"schema {record['schema']}, this version reads {_SCHEMA}")
-        return Reference(path, record)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            "no-reference",
-            f"{path} holds no recorded baseline",
-            why=str(error),
-            hint=f"remove {path}: the next build records it again",
-        ) from error
+    return open_recorded(path, _SCHEMA, Reference)
 
 
 def inputs_of(samples: Sequence[Sample]) -> tuple[list[tuple[int, ...]], list[range]]:

@@ -8,13 +8,14 @@ from typing import Any
 from lora2edge.report import words
 from lora2edge.report.tables import (
     NOT_MEASURED,
-    VERDICT_MARKS,
     Cell,
     Table,
     cells_of,
     missing,
     ratio_cell,
-    verdict_cell,
+    scale_rows,
+    target_cells,
+    unbuilt_row,
 )
 from lora2edge.report.words import NONE, interval, percent, times
 
@@ -55,7 +56,7 @@ def terms(unit: str) -> tuple[tuple[str, str], ...]:
 def headline_table(report: Mapping[str, Any]) -> Table:
     """One row a target, under the rows that give them their scale."""
     unit = words.unit(report)
-    rows = [*_scale_rows(report)]
+    rows = scale_rows(report, len(HEADLINE_COLUMNS), ["accuracy", "macro_f1"])
     rows += [_headline_row(name, target) for name, target in report["targets"].items()]
     return Table(
         "",
@@ -200,36 +201,11 @@ def _class_cell(found: Mapping[str, Any]) -> Cell:
     return Cell(percent(found["f1"]), f"{percent(found['precision'])} / {percent(found['recall'])}")
 
 
-def _scale_rows(report: Mapping[str, Any]) -> list[tuple[Cell, ...]]:
-    """Rows for base alone, baseline and the merged checkpoint, which are no targets."""
-    rows = []
-    baseline, merge = report.get("baseline"), report.get("merge")
-    size = words.size(report["inputs"]["base"]["size_bytes"])
-    if baseline:
-        base = baseline["base"]
-        gained = (baseline["gain"] or {}).get("low") or 0
-        none, all_ = ("0\u00a0%", "100\u00a0%") if gained > 0 else (NONE, NONE)
-        first = "chance" if base["kind"] == "chance" else "base alone"
-        rows.append((first, NONE, size, none, NONE, NONE, percent(base["accuracy"]), percent(base["macro_f1"]),
-                     *[NONE] * 3))  # fmt: skip
-        rows.append(("baseline", NONE, size, all_, "0", "0\u00a0%", percent(baseline["accuracy"]),
-                     percent(baseline["macro_f1"]), *["1\u00a0×"] * 3))  # fmt: skip
-    if merge:
-        rows.append(("merged checkpoint", VERDICT_MARKS[merge.get("verdict", "pass")], size, NONE,
-                     words.figure(words.merged_kl(report)), *[NONE] * 6))  # fmt: skip
-    return [tuple(Cell(text, tone="muted") for text in row) for row in rows]
-
-
 def _headline_row(name: str, target: Mapping[str, Any]) -> tuple[Cell, ...]:
     error, quality, speed = (target.get(key) for key in ("error", "quality", "speed"))
     if error:
-        return (Cell(name), Cell("✕ not built", error["code"], "fail"), *[Cell(NONE, tone="muted")] * 9)
-    size_ratio = target.get("size_ratio")
-    cells = [
-        Cell(name),
-        verdict_cell(target["verdict"]),
-        Cell(words.size(target.get("size_bytes")), f"{words.figure(size_ratio)} × smaller" if size_ratio else ""),
-    ]
+        return unbuilt_row(name, error, len(HEADLINE_COLUMNS))
+    cells = target_cells(name, target)
     if quality:
         ends, kept = quality["intervals"], quality.get("gain_kept")
         cells.append(Cell(percent(kept["value"]), interval(kept, fraction=True)) if kept else missing())

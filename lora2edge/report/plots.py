@@ -197,13 +197,14 @@ def _scatter(
 ) -> Canvas:
     """Dots with whiskers along y and their names beside them."""
     canvas = Canvas(284, title)
-    left, right, bottom = 66, WIDTH - 14, 240
+    labels = [label(tick) for tick in y.ticks()]
+    left, right, bottom = max(66, 12 + 7 * max(map(len, labels), default=0)), WIDTH - 14, 240
     # Room at the right, so that names stand right of their dots.
     x = linear([dot.x for dot in dots], left, right - 90, zero=True)
     giga = name.endswith("MB") and x.high > 2000
     ticks = [words.tick(tick / 1000 if giga else tick) for tick in x.ticks()]
     canvas.axis_x(x, 14, bottom, name.replace("MB", "GB") if giga else name, ticks, right)
-    canvas.axis_y(y, left, right, [label(tick) for tick in y.ticks()])
+    canvas.axis_y(y, left, right, labels)
     if reference is not None:
         canvas.line(left, y(reference), right, y(reference), "reference")
     heights = spread([y(dot.value) + 4 for dot in dots], 14, 18, bottom - 6)

@@ -271,13 +271,11 @@ class ClassifierQuality(_Strict):
     unit: Literal["text", "word"]
 
 
-class SpeedSide(_Strict):
-    ttft_ms: Percentiles
-    itl_ms: Percentiles
-    decode_tps: float
-    prefill_tps: float
+class _Side(_Strict):
+    """Of one side's process, whatever was sent to it."""
+
     qps: dict[str, float]
-    output_tps: dict[str, float]
+    """Of language models by concurrency, of classifiers texts per second by batch size."""
     load_s: float
     peak_rss_bytes: int | None
     start_rss_bytes: int | None
@@ -289,14 +287,10 @@ class SpeedSide(_Strict):
     samples: dict[str, list[float]]
 
 
-class Speed(SpeedSide):
-    """The artifact's figures, the baseline's under `baseline`, and the ratios."""
+class _Ratios(_Strict):
+    """Of a whole measurement, both sides together."""
 
     scenario: str
-    baseline: SpeedSide
-    decode_ratio: Ratio
-    ttft_ratio: Ratio
-    itl_ratio: Ratio
     qps_ratio: dict[str, Ratio | None]
     memory_ratio: Ratio | None
     load_ratio: Ratio
@@ -304,13 +298,30 @@ class Speed(SpeedSide):
     order: list[str]
     warmup: int
     artifact_failures: int
+    seconds: float
+    load_average: dict[str, float]
+    notes: list[str]
+
+
+class SpeedSide(_Side):
+    ttft_ms: Percentiles
+    itl_ms: Percentiles
+    decode_tps: float
+    prefill_tps: float
+    output_tps: dict[str, float]
+
+
+class Speed(SpeedSide, _Ratios):
+    """The artifact's figures, the baseline's under `baseline`, and the ratios."""
+
+    baseline: SpeedSide
+    decode_ratio: Ratio
+    ttft_ratio: Ratio
+    itl_ratio: Ratio
     requests: dict[str, int]
     prompt_tokens: list[int]
     """Shortest, median, longest."""
     new_tokens: int
-    seconds: float
-    load_average: dict[str, float]
-    notes: list[str]
 
 
 class BatchTimes(_Strict):
@@ -322,43 +333,20 @@ class BatchTimes(_Strict):
     n: int
 
 
-class ClassifierSpeedSide(_Strict):
-    """Keys are batch sizes."""
-
+class ClassifierSpeedSide(_Side):
     latency_ms: dict[str, BatchTimes]
-    qps: dict[str, float]
-    """Texts per second."""
-    load_s: float
-    peak_rss_bytes: int | None
-    start_rss_bytes: int | None
-    loaded_rss_bytes: int | None
-    threads: int
-    facts: dict[str, Any]
-    failures: int
-    failure_reasons: list[str]
-    samples: dict[str, list[float]]
+    """By batch size."""
 
 
-class ClassifierSpeed(ClassifierSpeedSide):
+class ClassifierSpeed(ClassifierSpeedSide, _Ratios):
     """The artifact's figures, the baseline's under `baseline`, and the ratios."""
 
-    scenario: str
     baseline: ClassifierSpeedSide
-    qps_ratio: dict[str, Ratio | None]
     latency_ratio: dict[str, Ratio | None]
     """Of medians."""
-    memory_ratio: Ratio | None
-    load_ratio: Ratio
-    rounds: int
-    order: list[str]
-    warmup: int
-    artifact_failures: int
     texts: dict[str, int]
     tokens: list[int]
     """Shortest, median, longest text."""
-    seconds: float
-    load_average: dict[str, float]
-    notes: list[str]
 
 
 class Lowering(_Strict):

@@ -10,6 +10,10 @@ from lora2edge.report import words
 from lora2edge.report.words import NONE, interval, percent, times
 
 _WORST = 8
+HEADLINE_COLUMNS = (
+    "Target", "Verdict", "Size", "Gain kept", "KL", "Flips", "Accuracy",
+    "Decode", "First token", "Requests/s", "Peak memory",
+)  # fmt: skip
 VERDICT_MARKS = {"pass": "✓ pass", "fail": "✕ fail", "inconclusive": "? inconclusive"}
 GATE_MARKS = {**VERDICT_MARKS, "not applicable": "not applicable"}
 NOT_MEASURED = "not measured"
@@ -37,18 +41,14 @@ class Table:
 
 def headline_table(report: Mapping[str, Any]) -> Table:
     """One row a target, under the rows that give them their scale."""
-    columns = (
-        "Target", "Verdict", "Size", "Gain kept", "KL", "Flips", "Accuracy",
-        "Decode", "First token", "Requests/s", "Peak memory",
-    )  # fmt: skip
-    rows = [*_scale_rows(report)]
+    rows = scale_rows(report, len(HEADLINE_COLUMNS), ["accuracy"])
     formula = (report.get("merge") or {}).get("reference")
     live = "the adapters' merge in float32, unrounded" if formula else "base + live adapter"
     for name, target in report["targets"].items():
         rows.append(_headline_row(name, target))
     return Table(
         "",
-        columns,
+        HEADLINE_COLUMNS,
         tuple(rows),
         note=f"Baseline: {live}. Decode, first token, requests per second (at so many requests at a "
         "time) and memory are × baseline: above 1 is better. Small figures are 95 % intervals. KL in nats per "
@@ -345,34 +345,47 @@ def _with_phases(stage: Mapping[str, Any]) -> str:
     return f"{whole} ({', '.join(phases)})" if phases else whole
 
 
-def _scale_rows(report: Mapping[str, Any]) -> list[tuple[Cell, ...]]:
-    """Rows for base alone, baseline and the merged checkpoint, which are no targets."""
+def scale_rows(report: Mapping[str, Any], columns: int, figures: Sequence[str]) -> list[tuple[Cell, ...]]:
+    """Rows for base alone (or chance), baseline and the merged checkpoint, which are no targets.
+
+    `figures`: shares that stand behind the flips; further columns are ratios, up to `columns` in all.
+    """
     rows = []
     baseline, merge = report.get("baseline"), report.get("merge")
     size = words.size(report["inputs"]["base"]["size_bytes"])
+    ratios = columns - 6 - len(figures)
     if baseline:
         # Without a gain there is nothing that these two could be the ends of.
         gained = (baseline["gain"] or {}).get("low") or 0
         none, all_ = ("0\u00a0%", "100\u00a0%") if gained > 0 else (NONE, NONE)
-        before, after = (percent(side.get("accuracy")) for side in (baseline["base"], baseline))
-        rows.append(("base alone", NONE, size, none, NONE, NONE, before, *[NONE] * 4))
-        rows.append(("baseline", NONE, size, all_, "0", "0\u00a0%", after, *["1\u00a0×"] * 4))
+        base = baseline["base"]
+        before, after = ([percent(side.get(figure)) for figure in figures] for side in (base, baseline))
+        first = "chance" if base.get("kind") == "chance" else "base alone"
+        rows.append((first, NONE, size, none, NONE, NONE, *before, *[NONE] * ratios))
+        rows.append(("baseline", NONE, size, all_, "0", "0\u00a0%", *after, *["1\u00a0×"] * ratios))
     if merge:
         rows.append(("merged checkpoint", VERDICT_MARKS[merge.get("verdict", "pass")], size, NONE,
-                     words.figure(words.merged_kl(report)), NONE, NONE, *[NONE] * 4))  # fmt: skip
+                     words.figure(words.merged_kl(report)), *[NONE] * (columns - 5)))  # fmt: skip
     return [tuple(Cell(text, tone="muted") for text in row) for row in rows]
+
+
+def target_cells(name: str, target: Mapping[str, Any]) -> list[Cell]:
+    """Name, verdict and size of a target that was built."""
+    ratio = target.get("size_ratio")
+    smaller = f"{words.figure(ratio)} × smaller" if ratio else ""
+    return [Cell(name), verdict_cell(target["verdict"]), Cell(words.size(target.get("size_bytes")), smaller)]
+
+
+def unbuilt_row(name: str, error: Mapping[str, Any], columns: int) -> tuple[Cell, ...]:
+    """A target that could not be built."""
+    return (Cell(name), Cell("✕ not built", error["code"], "fail"), *[Cell(NONE, tone="muted")] * (columns - 2))
 
 
 def _headline_row(name: str, target: Mapping[str, Any]) -> tuple[Cell, ...]:
     error, quality, speed = (target.get(key) for key in ("error", "quality", "speed"))
     if error:
-        return (Cell(name), Cell("✕ not built", error["code"], "fail"), *[Cell(NONE, tone="muted")] * 9)
-    size_ratio = target.get("size_ratio")
-    cells = [
-        Cell(name),
-        verdict_cell(target["verdict"]),
-        Cell(words.size(target.get("size_bytes")), f"{words.figure(size_ratio)} × smaller" if size_ratio else ""),
-    ]
+        return unbuilt_row(name, error, len(HEADLINE_COLUMNS))
+    cells = target_cells(name, target)
     if quality:
         ends, kept = quality.get("intervals") or {}, quality.get("gain_kept")
         cells += [

@@ -24,7 +24,8 @@ _MOST_TOKENS = 1_000_000
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the classes in the order of the logits: `id2label`, else LABEL_0, LABEL_1, … as transformers has them.
 
-    Raises CheckpointError where the indices are not 0, 1, 2, … or two classes have one name.
+    Raises CheckpointError where the indices are not 0, 1, 2, …, two classes have one name, or `label2id`, which
+    training scripts number their data by, has a class at another index. Names that it alone has are a leftover.
     """
     stored = config.get("id2label")
     if not stored:
@@ -38,6 +39,10 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     names = tuple(found[index] for index in range(len(found)))
     if len(set(names)) < len(names):
         raise _bad_labels("two classes have the same name")
+    numbered = config.get("label2id")
+    for name, index in numbered.items() if isinstance(numbered, Mapping) else ():
+        if name in names and str(index) != str(names.index(name)):
+            raise _bad_labels(f"{name!r} is class {names.index(name)} there, and {index} in label2id")
     return names
 
 
@@ -84,9 +89,15 @@ def check_classes(view: Checkpoint) -> tuple[str, ...]:
 
 
 def padding_id(view: Checkpoint) -> int | None:
-    """The id that shorter texts are padded with: config.json's, else that of the tokenizer's padding token."""
+    """The id that shorter texts are padded with: config.json's, else that of the tokenizer's padding token.
+
+    None for a -1, as checkpoints of the first Llama have it: transformers takes it for a token that no text has, and
+    reads the class of a padded text from its padding.
+    """
     stored = view.config.get("pad_token_id")
-    return int(stored) if stored is not None else tokenizer_padding(view.tokenizer)
+    if stored is None:
+        return tokenizer_padding(view.tokenizer)
+    return int(stored) if int(stored) >= 0 else None
 
 
 def tokenizer_padding(files: TokenizerFiles) -> int | None:
@@ -123,8 +134,12 @@ def longest_text(view: Checkpoint) -> int | None:
 
 
 def position_offset(config: Mapping[str, Any]) -> int:
-    """Position of a text's first token: behind the padding token's id in RoBERTa and its kin, else 0."""
-    return int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in _OFFSET_POSITIONS else 0
+    """Position of a text's first token: behind the padding token's id in RoBERTa and its kin, else 0.
+
+    Without an id in config.json that is 1, transformers' default for all of them.
+    """
+    stored = config.get("pad_token_id")
+    return (1 if stored is None else int(stored)) + 1 if config.get("model_type") in _OFFSET_POSITIONS else 0
 
 
 def _bad_labels(why: str) -> CheckpointError:

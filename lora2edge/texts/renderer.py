@@ -12,8 +12,9 @@ from typing import Any
 
 from lora2edge.checkpoint import read_tokenizer_file
 from lora2edge.contracts import Item, Message, Sample, TokenizerFiles
-from lora2edge.errors import CheckpointError, DataError
+from lora2edge.errors import DataError
 from lora2edge.texts.template import ChatTemplate, TemplateLimitError, holds_marker, pieces
+from lora2edge.texts.tokenizer import open_tokenizer
 
 MEASURED_DATE = datetime(2025, 1, 1)
 """What a template that asks for today's date gets in a measured sample, so that a figure can be repeated."""
@@ -36,22 +37,9 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: TokenizerFiles) -> None:
-        import tokenizers
-
-        self._source = read_tokenizer_file(tokenizer, "tokenizer.json")
-        if not self._source:
-            raise CheckpointError(
-                "no-tokenizer-json",
-                "the checkpoint has no tokenizer.json",
-                hint="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one",
-            )
-        try:
-            self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(tokenizer.files["tokenizer.json"]))
-            """The tokenizers library's own object, without padding and truncation."""
-        except Exception as error:  # the Rust library raises plain Exception
-            raise CheckpointError("broken-tokenizer", "tokenizer.json cannot be read", why=str(error)) from error
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        self.tokenizer: Any
+        """The tokenizers library's own object, without padding and truncation."""
+        self._source, self.tokenizer = open_tokenizer(tokenizer)
         self._config = read_tokenizer_file(tokenizer, "tokenizer_config.json")
         self._generation = read_tokenizer_file(tokenizer, "generation_config.json")
         self._markers = {

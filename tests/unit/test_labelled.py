@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from lora2edge.checkpoint import open_checkpoint
@@ -232,3 +233,84 @@ def test_how_long_a_text_may_be(tmp_path: Path) -> None:
     roberta = open_checkpoint(make_classifier(tmp_path / "roberta", "roberta"))
     assert (longest_text(bert), longest_text(roberta)) == (96, 94)
     assert (segment_count(bert), segment_count(roberta)) == (2, 1)
+
+
+def test_indices_that_two_tables_disagree_on_are_refused() -> None:
+    """Training scripts number the classes by label2id, and read predictions by id2label."""
+    names = {"0": "negative", "1": "positive"}
+    with pytest.raises(CheckpointError) as caught:
+        class_names({"id2label": names, "label2id": {"negative": 1, "positive": 0}})
+    assert caught.value.code == "bad-labels" and "'negative' is class 0 there, and 1 in label2id" in caught.value.why
+    for other in ({"positive": 1, "negative": "0"}, {"LABEL_0": 1, "LABEL_1": 0}, {}, None):
+        assert class_names({"id2label": names, "label2id": other}) == ("negative", "positive")
+
+
+def test_positions_begin_at_2_where_no_padding_is_named(tmp_path: Path) -> None:
+    import transformers
+
+    folder = make_classifier(tmp_path / "roberta", "roberta")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token_id"]
+    path.write_text(json.dumps(config))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.roberta.embeddings.padding_idx == 1
+    assert longest_text(open_checkpoint(folder)) == 94
+
+
+def test_a_negative_padding_id_names_none(tmp_path: Path) -> None:
+    """With it, transformers reads the class from the padding, without an error."""
+    folder = make_classifier(tmp_path / "llama", "llama")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": -1}))
+    with pytest.raises(CheckpointError) as caught:
+        check_classes(open_checkpoint(folder))
+    assert caught.value.code == "no-pad-token"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"tokenizer_class": "BertTokenizer", "do_lower_case": False}, "do_lower_case"),
+        ({"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False}, "do_lower_case"),
+        ({"tokenizer_class": "BertTokenizer", "strip_accents": False}, "strip_accents"),
+        ({"tokenizer_class": "BertTokenizer", "tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
+        ({"tokenizer_class": "BertTokenizer"}, ""),
+        ({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": True}, ""),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}, ""),
+    ],
+)
+def test_a_tokenizer_of_two_minds_is_refused(tmp_path: Path, change: dict[str, Any], key: str) -> None:
+    """transformers follows tokenizer_config.json, and tokenizer.json alone gives other tokens; or both agree."""
+    wordpiece_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    text = "Chills since 今日 and chílls"
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs(text)["input_ids"]
+    if key:
+        alone = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert [alone.id_to_token(token) for token in expected] != alone.encode(text).tokens
+        with pytest.raises(CheckpointError) as caught:
+            TextEncoder(files(tmp_path), 2)
+        assert caught.value.code == "tokenizer-contradiction" and caught.value.what.startswith(f"{key} is")
+        theirs.save_pretrained(tmp_path)  # the hint
+    assert list(TextEncoder(files(tmp_path), 2).encode(text).ids) == expected
+
+
+def test_a_space_that_only_one_file_asks_for_is_refused(tmp_path: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    bpe_tokenizer(VOCAB - 8).save_pretrained(tmp_path)
+    inner = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "RobertaTokenizer"}
+    path.write_text(json.dumps(config | {"add_prefix_space": False}))
+    TextEncoder(files(tmp_path), 1)
+    path.write_text(json.dumps(config | {"add_prefix_space": True}))
+    with pytest.raises(CheckpointError) as caught:
+        TextEncoder(files(tmp_path), 1)
+    assert caught.value.code == "tokenizer-contradiction" and "add_prefix_space is true" in caught.value.what

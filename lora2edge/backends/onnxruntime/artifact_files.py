@@ -72,6 +72,24 @@ def most_positions(folder: Path) -> int | None:
     return None
 
 
+def check_options(folder: Path, max_length: int, **counts: int) -> None:
+    """Raises InputError where a count is below 1, or a text of `max_length` tokens has more than the positions."""
+    counts = {**counts, "max_length": max_length}
+    if min(counts.values()) < 1:
+        raise InputError(
+            "session-options",
+            f"{', '.join(f'{name} {count}' for name, count in counts.items())} cannot be had",
+            why="each must be at least 1",
+        )
+    longest = most_positions(folder)
+    if longest is not None and max_length > longest:
+        raise InputError(
+            "too-long",
+            f"max_length {max_length} exceeds the {longest} positions that the model was made for",
+            hint=f"use max_length {longest}",
+        )
+
+
 def padding_of(folder: Path) -> Padding | None:
     """The padding token: config.json's, generation_config.json's, or what the tokenizer's settings name."""
     config = read_config(folder)

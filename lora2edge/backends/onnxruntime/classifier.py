@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora2edge.backends.onnxruntime.artifact_files import (
-    most_positions,
+    check_options,
     padding_of,
     read_config,
     tokenizer_of,
@@ -146,19 +146,7 @@ def open_classifier(
     `weights`: their type in words, for the facts. Raises InputError where the files, the labels or the length do not
     fit, and what `open_model` raises.
     """
-    if threads < 1 or max_length < 1:
-        raise InputError(
-            "session-options",
-            f"threads {threads}, max_length {max_length} cannot be had",
-            why="each must be at least 1",
-        )
-    longest = most_positions(folder)
-    if longest is not None and max_length > longest:
-        raise InputError(
-            "too-long",
-            f"max_length {max_length} exceeds the {longest} positions that the model was made for",
-            hint=f"use max_length {longest}",
-        )
+    check_options(folder, max_length, threads=threads)
     opened = open_finalized(folder, device=device, threads=threads)
     facts = SessionFacts(
         backend="onnxruntime",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora2edge.backends.onnxruntime.artifact_files import most_positions, padding_of, tokenizer_of
+from lora2edge.backends.onnxruntime.artifact_files import check_options, padding_of, tokenizer_of
 from lora2edge.backends.onnxruntime.decoder import Cache, Call, Decoder
 from lora2edge.backends.onnxruntime.engine import CHUNK_TOKENS, DecoderEngine
 from lora2edge.backends.onnxruntime.finalize import open_finalized
@@ -234,20 +234,8 @@ def open_session(
     same call would change its answer (activations that share one range). Raises InputError where the files, the length
     or the memory does not fit, and what `open_model` raises.
     """
-    if threads < 1 or slots < 1 or max_length < 1:
-        raise InputError(
-            "session-options",
-            f"threads {threads}, slots {slots}, max_length {max_length} cannot be had",
-            why="each must be at least 1",
-        )
+    check_options(folder, max_length, threads=threads, slots=slots)
     slots = 1 if is_alone else slots
-    longest = most_positions(folder)
-    if longest is not None and max_length > longest:
-        raise InputError(
-            "too-long",
-            f"max_length {max_length} exceeds the {longest} positions that the model was made for",
-            hint=f"use max_length {longest}",
-        )
     opened = open_finalized(folder, device=device, threads=threads)
     decoder = Decoder(opened)
     facts = SessionFacts(

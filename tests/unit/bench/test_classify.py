@@ -72,6 +72,11 @@ def test_the_time_is_kept() -> None:
     assert run.cut_off and 2 <= len(run.batch_ms) < 20 and run.wall_s < 1
 
 
+def test_the_smallest_batch_comes_first() -> None:
+    """The report's latency is that of the first size."""
+    assert ClassifyScenario(name="s", batch_sizes=(8, 1, 4)).batch_sizes == (1, 4, 8)
+
+
 def test_texts_of_a_wanted_length_keep_their_ends() -> None:
     scenario = ClassifyScenario(name="s", tokens=5)
     assert [text.ids for text in make_texts(scenario, TEXTS)] == [(2, 7, 7, 7, 3), (2, 7, 8, 7, 3), (2, 9, 9, 9, 3)]

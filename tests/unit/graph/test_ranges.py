@@ -9,8 +9,18 @@ import numpy as np
 import pytest
 
 from lora2edge.errors import CheckpointError, DataError
+from lora2edge.graph.builder import ChannelFormat
 from lora2edge.graph.ranges import ActivationRange, find_ranges
-from tests.unit.graph.encoders import TASKS, make_encoder, ragged, reference, write_encoder
+from tests.unit.graph.encoders import (
+    TASKS,
+    error,
+    make_encoder,
+    open_graph,
+    ragged,
+    reference,
+    run_graph,
+    write_encoder,
+)
 
 
 @pytest.mark.parametrize("percentile", [100.0, 99.0])
@@ -88,3 +98,25 @@ def test_values_come_in_several_runs_where_memory_is_short(tmp_path: Path, monke
     whole = find_ranges(tmp_path / "graph" / "model.onnx", batches, threads=1)
     monkeypatch.setattr("lora2edge.graph.ranges._MOST_BYTES", 1000)
     assert find_ranges(tmp_path / "graph" / "model.onnx", batches, threads=1) == whole
+
+
+def test_an_input_that_was_always_zero_gets_the_range_of_the_text(tmp_path: Path) -> None:
+    """A ReLU that no calibration text opened: with a fixed range, it could open for no text at all."""
+    import torch
+
+    model = make_encoder(tmp_path, "distilbert", "sequence")
+    with torch.no_grad():
+        model.pre_classifier.weight.mul_(1e-6)
+        model.pre_classifier.bias.fill_(-1)
+    model.save_pretrained(tmp_path)
+    write_encoder(tmp_path, tmp_path / "graph")
+    found = find_ranges(tmp_path / "graph" / "model.onnx", [ragged([9, 5])], threads=1)
+    assert "classifier.weight" not in found and "pre_classifier.weight" in found
+    with torch.no_grad():
+        model.pre_classifier.bias.fill_(2)
+    model.save_pretrained(tmp_path)
+    write_encoder(tmp_path, tmp_path / "int8", lambda matrix: ChannelFormat(), activations=found)
+    batch = ragged([9, 5], seed=1)
+    logits = run_graph(open_graph(tmp_path / "int8" / "model.onnx"), batch)
+    expected = reference(model, batch, False)
+    assert error(logits, expected, batch["attention_mask"]) < 0.02

@@ -150,6 +150,17 @@ def test_every_chart_is_well_formed_and_inside_its_frame() -> None:
         assert "nan" not in chart and "inf" not in chart
 
 
+def test_long_labels_of_an_axis_are_not_cut() -> None:
+    report = sample_report()
+    for target in report["targets"].values():
+        if target.get("quality"):
+            target["quality"]["gain_kept"] = {"value": 0.99998, "low": 0.99993, "high": 1.00006}
+    charts = re.findall(r"<svg .*?</svg>", render_html(report), re.S)
+    labels = re.findall(r'<text x="([\d.]+)" y="[^"]*" text-anchor="end" class="tick">([^<]*%)</text>', "".join(charts))
+    assert any(len(text) > 8 for _, text in labels)
+    assert all(float(x) >= 7 * len(text) for x, text in labels), "a digit is nearly as wide as 7 units"
+
+
 def test_the_worse_target_is_drawn_worse() -> None:
     chart = next(
         chart for chart in re.findall(r"<svg .*?</svg>", render_html(sample_report()), re.S) if "KL against" in chart
