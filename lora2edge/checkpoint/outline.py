@@ -13,10 +13,10 @@ MOST_VALUES = 4_000_000
 """In vocabulary and merges together; Gemma 3's have 2 million."""
 _MOST_ID = (1 << 31) - 1
 
-# Possessive (`*+`): what does not match fails at once, whatever a stranger wrote.
-_STRING = rb'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
-_NUMBER = rb"-?(?:0|[1-9]\d*+)(?:\.\d++)?+(?:[eE][+-]?\d++)?+"
-_MERGE = rb"(?:%b|\[\s*+%b\s*+,\s*+%b\s*+\])\s*+" % (_STRING, _STRING, _STRING)
+# Possessive (`*+`): what does not match fails at once, whatever a stranger wrote. Of single characters only: Python
+# before 3.11.5 loses matches of groups that repeat so (gh-106052).
+_STRING = rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*"'
+_NUMBER = rb"-?(?:0|[1-9]\d*+)(?:\.\d++)?(?:[eE][+-]?\d++)?"
 _SPACE = re.compile(rb"\s*+")
 _KEY = re.compile(rb"\s*+(%b)\s*+:\s*+" % _STRING)
 _SIMPLE = re.compile(rb'%b|[^\s"\[\]{},:]++' % _STRING)
@@ -24,7 +24,7 @@ _MARK = re.compile(rb'[^"\[\]{}]*+(?:(%b)|([\[{])|([\]}]))' % _STRING)
 _EMPTY = re.compile(rb"[\[{]\s*+[\]}]")
 _TOKEN = re.compile(rb"\s*+%b\s*+:\s*+(0|[1-9]\d{0,9}+)\s*+([,}])" % _STRING)
 _PIECE = re.compile(rb"\s*+\[\s*+%b\s*+,\s*+%b\s*+\]\s*+([,\]])" % (_STRING, _NUMBER))
-_MERGES = re.compile(rb"\[\s*+(?:%b,\s*+)*+%b\]" % (_MERGE, _MERGE))
+_MERGE = re.compile(rb"\s*+(?:%b|\[\s*+%b\s*+,\s*+%b\s*+\])\s*+([,\]])" % (_STRING, _STRING, _STRING))
 
 
 def read_outline(data: bytes) -> tuple[dict[str, Any], int]:
@@ -103,10 +103,14 @@ def _vocabulary(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _merges(data: bytes, at: int) -> int:
-    found = _EMPTY.match(data, at) or _MERGES.match(data, at)
-    if found is None:
-        raise ValueError("its merges break off, or are not all pairs")
-    return found.end()
+    if found := _EMPTY.match(data, at):
+        return found.end()
+    at += 1
+    while merge := _MERGE.match(data, at):
+        at = merge.end()
+        if merge[1] == b"]":
+            return at
+    raise ValueError("its merges break off, or are not all pairs")
 
 
 def _skip(data: bytes, at: int) -> int:
