@@ -48,6 +48,8 @@ _THREADS_PER_CORE = 2
 """At most: slabs are computed on all logical cores, the plan knows the physical ones."""
 _BYTES_IN_WORK = 16
 """Of a weight: as read, in float32, its change, scaled, coded."""
+_FLOAT_COPIES = 2
+"""Of a float32 model in onnxruntime, while it packs its weights."""
 _GPTQ_NOTE = "GPTQ takes nearly all of this time and memory, where there is calibration text"
 
 
@@ -59,11 +61,12 @@ class OnnxRuntimeBackend:
 
     def check(self, checkpoint: Checkpoint, target: Target, machine: Machine) -> Estimate:
         """What lowering will need. Reads header and config; raises all refusals at once."""
-        from lora2edge.backends.onnxruntime.runtime import check_device
+        from lora2edge.backends.onnxruntime.runtime import check_device, check_writer
 
         if export := find_export(checkpoint, target):
             return export.estimate(checkpoint, machine)
         decision = decide(checkpoint, target)
+        check_writer()
         check_device("cpu" if target.device == "auto" else target.device)
         graph = make_graph(decision)
         weights = sum(tensor.size for tensor in checkpoint.tensors.values())
@@ -72,10 +75,11 @@ class OnnxRuntimeBackend:
         if names := decision.gptq_names():
             gptq = rounding_cost(checkpoint, names, target.calibration.tokens, machine)
         slabs = _SLABS_PER_CORE * _THREADS_PER_CORE * machine.cores * _BYTES_IN_WORK * SLAB_ELEMENTS
+        floats = 4 * weights if decision.precision.is_static else 0  # the graph that ranges are found on
         return Estimate(
-            ram_bytes=_BASE_RAM + slabs + (gptq.ram_bytes if gptq else 0),
+            ram_bytes=_BASE_RAM + slabs + (gptq.ram_bytes if gptq else 0) + _FLOAT_COPIES * floats,
             disk_bytes=graph.data_bytes + tokenizer_bytes,
-            scratch_bytes=graph.data_bytes + gptq.disk_bytes if gptq else 0,
+            scratch_bytes=(graph.data_bytes + gptq.disk_bytes if gptq else 0) + floats,
             seconds=weights / _WEIGHTS_PER_SECOND / max(1, machine.cores) + (gptq.seconds if gptq else 0.0),
             max_length=decision.max_length,
             layer_inputs=gptq is not None,

@@ -41,11 +41,6 @@ class Decision:
         """Positions of the model."""
         return self.model.context_length if isinstance(self.model, Decoder) else self.model.max_length
 
-    @property
-    def wants_gptq(self) -> bool:
-        """Whether codes are chosen with GPTQ, where there is calibration text."""
-        return bool(self.gptq_names())
-
     def gptq_names(self) -> list[str]:
         """Tensors whose codes GPTQ chooses: of 4 bits, and where it was asked for of 8; no looked-up embedding."""
         wanted = self.options.rounding

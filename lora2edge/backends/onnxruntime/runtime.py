@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import importlib.util
 import io
 import os
 import re
@@ -118,6 +119,17 @@ def load_runtime() -> ModuleType:
     module.set_default_logger_severity(_FATAL)
     module.disable_telemetry_events()
     return module
+
+
+def check_writer() -> None:
+    """Raises MissingExtraError where the package that writes models is not there."""
+    if importlib.util.find_spec("onnx") is None:
+        raise MissingExtraError(
+            "missing-extra",
+            "onnx is not installed",
+            why="the model's file is written with it",
+            hint="pip install 'lora2edge[onnxruntime]'",
+        )
 
 
 def check_device(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -398,6 +399,16 @@ def test_cuda_on_a_build_without_it(tmp_path: Path) -> None:
         OnnxRuntimeBackend().check(view, target("fp16", device="cuda"), MACHINE)
     assert caught.value.code == "no-provider"
     assert "onnxruntime-gpu" in str(caught.value)
+
+
+def test_a_missing_onnx_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else found(name, *rest))
+    with pytest.raises(InputError) as caught:
+        OnnxRuntimeBackend().check(view, target("int8"), MACHINE)
+    assert caught.value.code == "missing-extra"
+    assert "lora2edge[onnxruntime]" in caught.value.hint
 
 
 @pytest.mark.parametrize("options", [{"rounding": "gptq"}])
