@@ -8,6 +8,36 @@ from typing import Any
 
 from lora2edge.errors import CheckpointError
 
+TYPE_OF_CLASS = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
+}
+"""transformers' class of a decoder → its model_type."""
+
+
+def decoder_class(config: Mapping[str, Any]) -> str:
+    """transformers' class that config.json names, by itself or by its model_type; of others, whatever it says.
+
+    Raises CheckpointError `config-key` where it names two models.
+    """
+    kind = config.get("model_type")
+    if not (named := config.get("architectures")):
+        return next((name for name, type_ in TYPE_OF_CLASS.items() if type_ == kind), f"model_type {kind!r}")
+    name = str(named[0])
+    if kind not in (None, TYPE_OF_CLASS.get(name, kind)):
+        raise CheckpointError(
+            "config-key",
+            f"config.json names {name}, and the model_type {kind}",
+            why="transformers goes by the second, other runtimes by the first: it would be two models",
+            hint="make both name the model that it was trained as",
+        )
+    return name
+
 
 def need(config: Mapping[str, Any], key: str) -> Any:
     """A value that config.json must have. Raises CheckpointError."""

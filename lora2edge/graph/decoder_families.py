@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora2edge.checkpoint.values import count, need, rope_kind
+from lora2edge.checkpoint.values import count, decoder_class, need, rope_kind
 from lora2edge.errors import CheckpointError, InputError, UnsupportedError
 from lora2edge.graph.rope import Rope, read_rope, rope_parameters, theta_of
 
@@ -67,18 +67,9 @@ class Family:
 
 def find_family(config: Config) -> Family:
     """The family of `config`'s architecture. Raises UnsupportedError `onnx-architecture`, CheckpointError."""
-    named = config.get("architectures") or [_CLASS_OF_TYPE.get(str(config.get("model_type")), "")]
-    name = str(named[0]) or f"model_type {config.get('model_type')!r}"
+    name = decoder_class(config)
     if name in FAMILIES:
-        family, kind = FAMILIES[name], config.get("model_type")
-        if kind not in (None, family.name):
-            raise CheckpointError(
-                "config-key",
-                f"config.json names {name}, and the model_type {kind}",
-                why="transformers goes by the second, other runtimes by the first: it would be two models",
-                hint="make both name the model that it was trained as",
-            )
-        return family
+        return FAMILIES[name]
     close = difflib.get_close_matches(name, FAMILIES, n=1)
     raise UnsupportedError(
         "onnx-architecture",
@@ -313,12 +304,3 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 """Class of transformers → family."""
-_CLASS_OF_TYPE = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-}

@@ -6,17 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora2edge.report import words
-from lora2edge.report.tables import (
-    NOT_MEASURED,
-    Cell,
-    Table,
-    cells_of,
-    missing,
-    ratio_cell,
-    scale_rows,
-    target_cells,
-    unbuilt_row,
-)
+from lora2edge.report.cells import NOT_MEASURED, Cell, Table, cells_of, missing, ratio_cell
+from lora2edge.report.tables import scale_rows, target_cells, unbuilt_row
 from lora2edge.report.words import NONE, interval, percent, times
 
 HEADLINE_COLUMNS = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora2edge.report import plots, tables, words
+from lora2edge.report import cells, plots, tables, words
 from lora2edge.report.findings import Finding, find, headline
 from lora2edge.report.view import view_of
 
@@ -24,7 +24,7 @@ class Section:
     title: str
     intro: str = ""
     findings: tuple[Finding, ...] = ()
-    tables: tuple[tables.Table, ...] = ()
+    tables: tuple[cells.Table, ...] = ()
     plots: tuple[plots.Plot, ...] = ()
     terms: tuple[tuple[str, str], ...] = ()
 
@@ -123,7 +123,7 @@ def _render(template: str, report: Mapping[str, Any], *, escape: bool) -> str:
     return environment.get_template(template).render(
         title=title,
         verdict=report["verdict"],
-        mark=tables.VERDICT_MARKS[report["verdict"]],
+        mark=cells.VERDICT_MARKS[report["verdict"]],
         headline=headline(report),
         exit_code=report["exit_code"],
         when=report["started_at"].replace("T", " "),

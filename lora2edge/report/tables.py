@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lora2edge.report import words
+from lora2edge.report.cells import (
+    VERDICT_MARKS,
+    Cell,
+    Table,
+    cells_of,
+    missing,
+    ratio_cell,
+    verdict_cell,
+)
 from lora2edge.report.words import NONE, interval, percent, times
 
 _WORST = 8
@@ -14,29 +22,7 @@ HEADLINE_COLUMNS = (
     "Target", "Verdict", "Size", "Gain kept", "KL", "Flips", "Accuracy",
     "Decode", "First token", "Requests/s", "Peak memory",
 )  # fmt: skip
-VERDICT_MARKS = {"pass": "✓ pass", "fail": "✕ fail", "inconclusive": "? inconclusive"}
 GATE_MARKS = {**VERDICT_MARKS, "not applicable": "not applicable"}
-NOT_MEASURED = "not measured"
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A figure, what stands small under it (its interval), and how it is meant."""
-
-    text: str
-    sub: str = ""
-    tone: str = ""
-    """"pass", "fail", "inconclusive", "muted" or nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    note: str = ""
-    key: str = ""
-    """"headline" for the table that becomes cards on a phone."""
 
 
 def headline_table(report: Mapping[str, Any]) -> Table:
@@ -420,26 +406,6 @@ def _headline_row(name: str, target: Mapping[str, Any]) -> tuple[Cell, ...]:
 
 def _below(bound: float | None) -> str:
     return NONE if bound is None else f"≤ {words.figure(bound)}"
-
-
-def cells_of(*texts: str | Cell) -> tuple[Cell, ...]:
-    """One cell a text."""
-    return tuple(text if isinstance(text, Cell) else Cell(text) for text in texts)
-
-
-def ratio_cell(ratio: Mapping[str, Any]) -> Cell:
-    """A ratio with its interval."""
-    return Cell(times(ratio["value"]), interval(ratio))
-
-
-def verdict_cell(verdict: str) -> Cell:
-    """A verdict with its mark and colour."""
-    return Cell(VERDICT_MARKS[verdict], tone=verdict)
-
-
-def missing() -> Cell:
-    """What stands where nothing was measured."""
-    return Cell(NOT_MEASURED, tone="muted")
 
 
 def _flat(value: Any) -> str:

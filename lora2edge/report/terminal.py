@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora2edge.report import tables, words
+from lora2edge.report import cells, tables, words
 from lora2edge.report.findings import find, headline
 from lora2edge.report.view import view_of
 
@@ -34,7 +34,7 @@ def print_summary(report: Mapping[str, Any], console: Console | None = None) -> 
         if finding.tone != "note":
             console.print(Text(f"{finding.subject}: {finding.text}", style=_FINDING_COLOURS[finding.tone]))
     verdict = report["verdict"]
-    mark = Text(tables.VERDICT_MARKS[verdict], style=f"bold {_COLOURS[verdict]}")
+    mark = Text(cells.VERDICT_MARKS[verdict], style=f"bold {_COLOURS[verdict]}")
     console.print(mark.append(f"  {headline(report)}", style="default"))
 
 
@@ -67,7 +67,7 @@ def print_quality(result: Mapping[str, Any], console: Console | None = None) -> 
     _print_table(console, tables.gates_table(targets))
     _print_reused(console, result)
     verdict = result["verdict"]
-    console.print(Text(tables.VERDICT_MARKS[verdict], style=f"bold {_COLOURS[verdict]}"))
+    console.print(Text(cells.VERDICT_MARKS[verdict], style=f"bold {_COLOURS[verdict]}"))
 
 
 def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
@@ -83,17 +83,17 @@ def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
         _print_plain(console, f"Trained on {words.quantized_base(bases['trained_on'])}: {how}")
     rows = tuple(
         (
-            tables.Cell(stage["stage"]),
-            tables.Cell(stage["target"] or ""),
-            tables.Cell(words.size(stage["ram_bytes"]), tone="" if stage["fits"] else "fail"),
-            tables.Cell(words.size(stage["disk_bytes"]) if stage["disk_bytes"] else words.NONE),
-            tables.Cell(words.duration(stage["seconds"])),
-            tables.Cell("; ".join(filter(None, (stage["note"], "" if stage["fits"] else "more than is free here")))),
+            cells.Cell(stage["stage"]),
+            cells.Cell(stage["target"] or ""),
+            cells.Cell(words.size(stage["ram_bytes"]), tone="" if stage["fits"] else "fail"),
+            cells.Cell(words.size(stage["disk_bytes"]) if stage["disk_bytes"] else words.NONE),
+            cells.Cell(words.duration(stage["seconds"])),
+            cells.Cell("; ".join(filter(None, (stage["note"], "" if stage["fits"] else "more than is free here")))),
         )
         for stage in plan["stages"]
     )
     columns = ("Stage", "Target", "Memory", "Disk", "Time", "Notes")
-    _print_table(console, tables.Table("Stages: memory and disk at most, time about", columns, rows))
+    _print_table(console, cells.Table("Stages: memory and disk at most, time about", columns, rows))
     machine = plan["machine"]
     _print_plain(
         console,
@@ -106,7 +106,7 @@ def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
             _print_plain(console, f"Refused: {name}: {error['what']} ({error['code']})")
 
 
-def _print_table(console: Console, table: tables.Table, shown: list[int] | None = None, *, note: bool = True) -> None:
+def _print_table(console: Console, table: cells.Table, shown: list[int] | None = None, *, note: bool = True) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

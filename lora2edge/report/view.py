@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora2edge.report import classifier, plots, tables, words
+from lora2edge.report import cells, classifier, plots, tables, words
 
 LANGUAGE_TERMS = (
     ("Baseline", "The base with the adapter live on it, unmerged, in PyTorch through PEFT. All else is against it."),
@@ -24,9 +24,9 @@ LANGUAGE_TERMS = (
 class View:
     """The parts that differ. Each takes the report, but where said."""
 
-    headline: Callable[[Mapping[str, Any]], tables.Table]
-    quality: Callable[[Mapping[str, Any]], list[tables.Table]]
-    speed: Callable[[str, Mapping[str, Any]], tables.Table]
+    headline: Callable[[Mapping[str, Any]], cells.Table]
+    quality: Callable[[Mapping[str, Any]], list[cells.Table]]
+    speed: Callable[[str, Mapping[str, Any]], cells.Table]
     """Of a target's name and one scenario's figures."""
     speed_plots: Callable[[Mapping[str, Any]], list[plots.Plot]]
     """Of the report's targets."""

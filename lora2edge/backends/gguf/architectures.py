@@ -14,7 +14,7 @@ from typing import Any
 from lora2edge.backends.gguf.container import Metadata
 from lora2edge.backends.gguf.mix import Shape
 from lora2edge.backends.gguf.rope import local_theta
-from lora2edge.checkpoint.values import count, need
+from lora2edge.checkpoint.values import count, decoder_class, need
 from lora2edge.errors import InputError, UnsupportedError
 
 Config = Mapping[str, Any]
@@ -86,8 +86,7 @@ _GEMMA_DEFAULTS = {
 
 def find_architecture(config: Config) -> Architecture:
     """The table for `config`'s architecture. Raises UnsupportedError `gguf-architecture`."""
-    named = config.get("architectures") or [_CLASS_OF_TYPE.get(str(config.get("model_type")), "")]
-    name = str(named[0]) or f"model_type {config.get('model_type')!r}"
+    name = decoder_class(config)
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     close = difflib.get_close_matches(name, ARCHITECTURES, n=1)
@@ -236,12 +235,3 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 """Class of transformers → how it maps."""
-_CLASS_OF_TYPE = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-}

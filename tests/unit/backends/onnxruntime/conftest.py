@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from lora2edge.contracts import Manifest
@@ -66,3 +67,10 @@ def _artifact(folder: Path, checkpoint: Path) -> Path:
     (folder / "journal.jsonl").unlink(missing_ok=True)
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 512
     return folder
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime as it is on the CPU, also where a GPU's build is installed."""
+    found = [name for name in onnxruntime.get_available_providers() if name != "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)

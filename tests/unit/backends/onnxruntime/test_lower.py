@@ -22,7 +22,6 @@ from lora2edge.backends.onnxruntime import OnnxRuntimeBackend
 from lora2edge.backends.onnxruntime.options import choose_format, read_options
 from lora2edge.backends.onnxruntime.rounding import BlockEncoder, nearest_blocks, nearest_channels, split_row
 from lora2edge.checkpoint import open_checkpoint
-from lora2edge.checkpoint.blas import _thread_calls
 from lora2edge.contracts import Checkpoint, CheckpointRef, Lowered, Machine, SessionOptions
 from lora2edge.errors import InputError, Lora2EdgeError
 from lora2edge.graph import write
@@ -30,6 +29,7 @@ from lora2edge.graph.builder import BlockFormat, FloatFormat
 from lora2edge.progress import SILENT, Silent
 from lora2edge.quantize import GptqOptions, RoundingLog, factorize
 from lora2edge.target import Target
+from tests.blas import thread_calls
 from tests.tiny import make_adapter, make_checkpoint
 from tests.unit.backends.even import VOCAB, calibrated, make_even
 
@@ -233,10 +233,7 @@ def test_the_same_bytes_again_and_from_any_folder(even: Any, tmp_path: Path) -> 
 
 def test_codes_do_not_depend_on_the_threads_of_the_matrix_products(even: Any, tmp_path: Path) -> None:
     _, view, calibration = even
-    calls = _thread_calls()
-    if calls is None:
-        pytest.skip("numpy's matrix products cannot be told how many threads to take here")
-    get, put = calls
+    get, put = thread_calls()
     before = get()
     try:
         for threads in (1, 2):
@@ -393,7 +390,7 @@ def test_of_several_overrides_the_longest_counts() -> None:
             assert choose_format(name, "down", precision, options, 32) == form, given
 
 
-def test_cuda_on_a_build_without_it(tmp_path: Path) -> None:
+def test_cuda_on_a_build_without_it(tmp_path: Path, without_cuda: None) -> None:
     view = open_checkpoint(make_checkpoint(tmp_path / "base", "qwen2", hidden=128))
     with pytest.raises(InputError) as caught:
         OnnxRuntimeBackend().check(view, target("fp16", device="cuda"), MACHINE)
