@@ -55,6 +55,12 @@ def test_an_unknown_architecture_is_named(base: Path, tmp_path: Path) -> None:
     assert "Qwen2ForCausalLM" in found["gguf-architecture"]
 
 
+def test_a_config_that_names_two_models(base: Path, tmp_path: Path) -> None:
+    """transformers would read the weights of one as the other."""
+    found = refusals(changed(base, tmp_path / "hf", architectures=["LlamaForCausalLM"]))
+    assert "LlamaForCausalLM" in found["config-key"] and "qwen2" in found["config-key"]
+
+
 def test_several_problems_come_together(base: Path, tmp_path: Path) -> None:
     folder = changed(base, tmp_path / "x", architectures=["NothingForCausalLM"])
     found = refusals(folder, precision="q9_z", imatrx=True, library="mine", context_length=0)
